@@ -1,0 +1,34 @@
+# Two lines of defence against spinning threads on small machines: one thread pool, all cores.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+OUT ?= runs/$@
+SEED ?= 0
+CONFIGS := configs/tiny
+
+.PHONY: install test quickstart reproduce
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: install
+	$(RUN) -m pytest -q
+
+# decoder stage, AR stage, then base, each checkpoint and both together on held-out prompts
+define pipeline
+	$(RUN) -m train $(CONFIGS)/decoder.yaml seed=$(SEED) output_dir=$(OUT)/decoder train.max_steps=$(1)
+	$(RUN) -m train $(CONFIGS)/ar.yaml seed=$(SEED) output_dir=$(OUT)/ar train.max_steps=$(2)
+	$(RUN) -m train.evaluate $(CONFIGS)/decoder.yaml --output $(OUT)/report \
+	  --checkpoint $(OUT)/decoder/checkpoint-$(1) --checkpoint $(OUT)/ar/checkpoint-$(2) \
+	  --checkpoint $(OUT)/ar/checkpoint-$(2),$(OUT)/decoder/checkpoint-$(1)
+endef
+
+quickstart: install
+	$(call pipeline,30,20)
+
+reproduce: install
+	$(call pipeline,150,60)

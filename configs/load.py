@@ -1,0 +1,119 @@
+"""YAML and dotted overrides -> RunConfig. Unknown keys are refused with the nearest name."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML; an override is `section.key=value`, its value YAML.
+
+    Raises UserError for a missing file, broken YAML, an unknown key, a wrong type
+    or a value out of range.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {str(path)!r} holds no mapping: begin with `stage: ar`")
+    for override in overrides:
+        _apply(tree, override)
+    return build(RunConfig, tree, "")
+
+
+def _apply(tree: dict, override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"override {override!r} is not section.key=value")
+    *sections, key = name.split(".")
+    for section in sections:
+        if not isinstance(tree, dict):
+            break
+        tree = tree.setdefault(section, {})
+    if not isinstance(tree, dict):
+        raise UserError(f"override {name!r} reaches into a value that has no keys")
+    try:
+        tree[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML") from error
+
+
+def build(kind: type, tree: Any, where: str) -> Any:
+    """A dataclass from nested mappings; `where` is the dotted name for messages."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where or 'the config'} = {tree!r} must be a mapping of keys")
+    known = {f.name: f for f in fields(kind)}
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise UserError(
+                f"unknown key {_join(where, key)!r}: did you mean {near[0]!r}? "
+                f"Allowed are {', '.join(known)}"
+            )
+    hints = get_type_hints(kind)
+    for name, known_field in known.items():
+        required = known_field.default is MISSING and known_field.default_factory is MISSING
+        if required and name not in tree:
+            raise UserError(f"missing key {_join(where, name)!r}: it has no default")
+    return kind(**{k: _convert(hints[k], v, _join(where, k)) for k, v in tree.items()})
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is UnionType:
+        if value is None and NoneType in get_args(hint):
+            return None
+        return _convert(next(h for h in get_args(hint) if h is not NoneType), value, where)
+    if origin is Literal:
+        # YAML 1.1 reads a bare `no` as False
+        value = "no" if value is False and "no" in get_args(hint) else value
+        if value not in get_args(hint):
+            allowed = ", ".join(map(repr, get_args(hint)))
+            raise UserError(f"{where} = {value!r} is not allowed: choose one of {allowed}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where} = {value!r} must be a list")
+        return tuple(_convert(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        return _plain(dict, value, where)
+    if hint is float:
+        return _number(value, where)
+    return _plain(hint, value, where)
+
+
+def _plain(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where} = {value!r} must be of type {kind.__name__}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    # YAML 1.1 reads 1e-4 as a string
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        raise UserError(f"{where} = {value!r} must be of type float")
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise UserError(f"{where} = {value!r} must be of type float") from error
+    if not math.isfinite(number):
+        raise UserError(f"{where} = {value!r} must be finite")
+    return number

@@ -1,0 +1,42 @@
+"""Prompt datasets: JSONL, one object with a `prompt` a line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+
+def load_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; `prompt` is required, a relative `image` is made absolute.
+
+    Raises UserError for a missing or empty file, and for a bad line by its number.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
+    rows = [
+        _row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not rows:
+        raise UserError(f"prompt file {str(path)!r} is empty: give one JSON object a line")
+    return rows
+
+
+def _row(line: str, path: Path, number: int) -> dict[str, Any]:
+    where = f"{path}:{number}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f'{where} needs a non-empty "prompt": {line.strip()[:80]}')
+    if row.get("image"):
+        image = path.parent / row["image"]
+        if not image.is_file():
+            raise UserError(f"{where}: image {str(image)!r} does not exist")
+        row["image"] = str(image)
+    return row

@@ -1,0 +1,198 @@
+"""Every setting of a run, with its range. Imports no torch.
+
+Option names are TRL's (GRPOConfig) where TRL has the option.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from configs.errors import UserError
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{name} = {value!r} is out of range: allowed is {allowed}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str  # a local folder or a hub id, in the layout of GlmImagePipeline
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str  # JSONL rows: prompt, and what the rewards read (text, image, ...)
+    eval: str
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    height: int = 1024  # pixels
+    width: int = 1024
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            _require(side > 0 and side % 32 == 0, f"sampling.{name}", side, "a multiple of 32")
+        _require(self.temperature >= 0, "sampling.temperature", self.temperature, ">= 0")
+        _require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0 (0 keeps all)")
+        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "0 < top_p <= 1")
+        steps = self.num_inference_steps
+        _require(1 <= steps <= 999, "sampling.num_inference_steps", steps, "1 to 999")
+        _require(self.guidance_scale >= 0, "sampling.guidance_scale", self.guidance_scale, ">= 0")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_generations: int = 8  # samples in a group
+    prompts_per_step: int = 8  # groups in a rollout, over all processes
+    batch_size: int = 16  # samples the engine runs at once, on one process
+
+    def __post_init__(self) -> None:
+        _require(self.num_generations >= 2, "rollout.num_generations", self.num_generations, ">= 2")
+        for name in ("prompts_per_step", "batch_size"):
+            _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
+
+
+@dataclass(frozen=True)
+class SdeConfig:
+    """Which denoising steps of a decoder rollout are actions, and how they are noised."""
+
+    kind: Literal["flow_sde", "cps"] = "flow_sde"
+    noise_level: float = 0.7  # a of Flow-SDE, eta of CPS
+    window_size: int = 2  # steps with noise; the others follow the ODE
+    window_start_max: int = 0  # the window's first step is drawn from 0..this, once a rollout
+
+    def __post_init__(self) -> None:
+        _require(self.noise_level >= 0, "sde.noise_level", self.noise_level, ">= 0")
+        if self.kind == "cps":
+            _require(self.noise_level <= 1, "sde.noise_level", self.noise_level, "0 to 1 for cps")
+        _require(self.window_size >= 1, "sde.window_size", self.window_size, ">= 1")
+        _require(self.window_start_max >= 0, "sde.window_start_max", self.window_start_max, ">= 0")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: float | None = None  # and above 1 + epsilon_high (default: epsilon)
+    beta: float = 0.0  # weight of the KL to the reference (adapter off)
+    loss_type: Literal["grpo", "dr_grpo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence: GSPO
+    scale_rewards: bool = True  # divide by the group's standard deviation
+    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = (
+        "normalize_then_sum"
+    )
+    num_iterations: int = 1  # passes over one rollout
+
+    def __post_init__(self) -> None:
+        _require(0 < self.epsilon < 1, "grpo.epsilon", self.epsilon, "0 < epsilon < 1")
+        high = self.epsilon_high
+        _require(high is None or high > 0, "grpo.epsilon_high", high, "> 0")
+        _require(self.beta >= 0, "grpo.beta", self.beta, ">= 0")
+        _require(self.num_iterations >= 1, "grpo.num_iterations", self.num_iterations, ">= 1")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 32
+    alpha: float = 64.0
+    target_modules: tuple[str, ...] = ()  # empty: attention and MLP of the trained module
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, ">= 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "> 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    warmup_steps: int = 0  # optimizer updates
+    max_grad_norm: float = 1.0
+    per_device_train_batch_size: int = 8  # samples in one backward pass
+    gradient_accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "> 0")
+        for name in ("weight_decay", "warmup_steps"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "0 to 1")
+        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "> 0")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), ">= 1")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    name: str  # a built-in name, an entry point's name, or package.module.Class
+    weight: float = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_steps: int = 100  # rollouts
+    save_steps: int = 50
+    logging_images_steps: int = 10  # a grid of the rollout's images this often
+    resume: str | None = None  # "latest" or a checkpoint folder
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "save_steps", "logging_images_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    rewards: tuple[RewardConfig, ...] = ()  # measured besides the trained ones
+    images_per_prompt: int = 1
+    bootstrap_samples: int = 2000
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "bootstrap_samples"):
+            _require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), ">= 1")
+        _require(0 < self.confidence < 1, "eval.confidence", self.confidence, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    stage: Literal["ar", "decoder"]
+    model: ModelConfig
+    data: DataConfig
+    rewards: tuple[RewardConfig, ...]
+    output_dir: str
+    seed: int = 0
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sde: SdeConfig = SdeConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    lora: LoraConfig = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self) -> None:
+        _require(len(self.rewards) > 0, "rewards", [], "at least one reward")
+        names = [r.name for r in self.rewards]
+        _require(len(set(names)) == len(names), "rewards", names, "every name once")
+        if self.stage == "ar":
+            temperature = self.sampling.temperature
+            _require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")
+        else:
+            _require(self.sde.noise_level > 0, "sde.noise_level", self.sde.noise_level, "> 0")
+            last = self.sde.window_start_max + self.sde.window_size
+            steps = self.sampling.num_inference_steps
+            allowed = f"at most num_inference_steps - 1 = {steps - 1}: the last step follows the ODE"
+            _require(last < steps, "sde.window_start_max + sde.window_size", last, allowed)

@@ -1,0 +1,33 @@
+"""`duet train | generate | evaluate`: the modules' commands by a shorter name."""
+
+import importlib
+import sys
+
+from configs.errors import UserError, exit_on_user_error
+
+_COMMANDS = {
+    "train": ("train.__main__", "GRPO on one module (several processes: accelerate launch -m train)"),
+    "generate": ("inference.generate", "pictures from prompts"),
+    "evaluate": ("train.evaluate", "held-out prompts, every reward, a report"),
+}
+
+
+def main() -> None:
+    exit_on_user_error(_run)
+
+
+def _run() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: duet COMMAND ...\n")
+        for name, (_, purpose) in _COMMANDS.items():
+            print(f"  {name:<10} {purpose}")
+        return
+    name, *rest = arguments
+    if name not in _COMMANDS:
+        raise UserError(f"command {name!r} is unknown: choose one of {', '.join(_COMMANDS)}")
+    importlib.import_module(_COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    main()

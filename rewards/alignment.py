@@ -1,0 +1,20 @@
+"""Semantic alignment: CLIP score (Hessel et al., arXiv 2104.08718) without its rescaling."""
+
+from collections.abc import Sequence
+
+from rewards.base import RewardInput
+from rewards.clip import load_clip
+
+
+class Alignment:
+    """Cosine of image and prompt embeddings, in [-1, 1]."""
+
+    def __init__(
+        self, model: str = "ViT-L-14", pretrained: str | None = "openai", device: str = "auto"
+    ) -> None:
+        self.clip = load_clip(model, pretrained, device)
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+        images = self.clip.embed_images([i.image for i in inputs])
+        texts = self.clip.embed_texts([i.prompt for i in inputs])
+        return (images * texts).sum(-1).tolist()

@@ -1,0 +1,104 @@
+"""Text accuracy by real OCR: what was asked to be drawn against what can be read."""
+
+import unicodedata
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
+
+import numpy as np
+from PIL import Image
+from rapidfuzz import fuzz
+from rapidfuzz.distance import Levenshtein
+from rapidocr import RapidOCR
+
+from configs.quotes import quoted_spans
+from rewards.base import RewardInput
+
+_ALL_ORDERS = 5  # up to this many spans every order is tried
+
+
+class Ocr:
+    """1 - edit distance / length of the wanted text, at least 0; surplus text costs.
+
+    The wanted text is the row's `text` (a string or a list), else the prompt's
+    quoted spans; a prompt that asks for no text scores NaN. The recogniser's own
+    confidence is not used: it is easily cheated.
+    """
+
+    def __init__(
+        self, limit_side_len: int = 512, enlarge_to: int = 0, ignore_case: bool = True, threads: int = 1
+    ) -> None:
+        """`enlarge_to`: least shorter side in pixels at which a picture is read."""
+        self.enlarge_to = enlarge_to
+        self.ignore_case = ignore_case
+        self.readers = [_reader(limit_side_len) for _ in range(threads)]
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+        shares = [inputs[i :: len(self.readers)] for i in range(len(self.readers))]
+        with ThreadPoolExecutor(len(self.readers)) as pool:
+            done = list(pool.map(self._score_share, self.readers, shares))
+        return [done[i % len(done)][i // len(done)] for i in range(len(inputs))]
+
+    def _score_share(self, reader: RapidOCR, inputs: Sequence[RewardInput]) -> list[float]:
+        scores = []
+        for item in inputs:
+            wanted = wanted_texts(item)
+            found = read_texts(reader, item.image, self.enlarge_to) if wanted else []
+            scores.append(text_score(wanted, found, self.ignore_case))
+        return scores
+
+
+def _reader(limit_side_len: int) -> RapidOCR:
+    return RapidOCR(
+        params={
+            "Global.use_cls": False,
+            "Global.log_level": "error",
+            "Det.limit_type": "max",
+            "Det.limit_side_len": limit_side_len,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
+
+
+def wanted_texts(item: RewardInput) -> list[str]:
+    text = item.row.get("text")
+    if text is None:
+        return quoted_spans(item.prompt)
+    return [text] if isinstance(text, str) else list(text)
+
+
+def read_texts(reader: RapidOCR, image: Image.Image, enlarge_to: int = 0) -> list[str]:
+    """The lines that OCR reads, in its reading order."""
+    image = image.convert("RGB")
+    factor = enlarge_to / min(image.size)
+    if factor > 1:
+        image = image.resize([round(s * factor) for s in image.size], Image.BICUBIC)
+    result = reader(np.asarray(image)[..., ::-1])  # BGR
+    return list(result.txts or ())
+
+
+def normalise(text: str, ignore_case: bool = True) -> str:
+    """NFKC without white space, case-folded if case is ignored."""
+    text = "".join(unicodedata.normalize("NFKC", text).split())
+    return text.casefold() if ignore_case else text
+
+
+def text_score(wanted: Sequence[str], found: Sequence[str], ignore_case: bool = True) -> float:
+    """1 - min over orders of the spans of edit distance / wanted length, at least 0."""
+    spans = [n for n in (normalise(w, ignore_case) for w in wanted) if n]
+    if not spans:
+        return float("nan")
+    read = "".join(normalise(f, ignore_case) for f in found)
+    if len(spans) <= _ALL_ORDERS:
+        orders = ["".join(order) for order in permutations(spans)]
+    else:
+        orders = ["".join(sorted(spans, key=lambda s: _place(s, read)))]
+    distance = min(Levenshtein.distance(order, read) for order in orders)
+    return max(0.0, 1 - distance / len(orders[0]))
+
+
+def _place(span: str, read: str) -> int:
+    """Where in the read text the span fits best."""
+    alignment = fuzz.partial_ratio_alignment(span, read)
+    return alignment.dest_start if alignment else 0

@@ -1,0 +1,21 @@
+"""accelerate launch -m train CONFIG.yaml [section.key=value ...]"""
+
+import argparse
+
+from configs.errors import exit_on_user_error
+from configs.load import load_config
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="duet train", description=__doc__)
+    parser.add_argument("config", help="YAML of the run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    options = parser.parse_args(arguments)
+    config = load_config(options.config, options.overrides)
+    from train.loop import train  # after the config is known to be good: torch loads slowly
+
+    print(f"newest checkpoint: {train(config)}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

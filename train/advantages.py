@@ -1,0 +1,58 @@
+"""Group-relative advantages: pure tensor functions.
+
+A_i = (r_i - mean r) / std r over the samples of one prompt (GRPO, arXiv
+2402.03300); without the division it is Dr. GRPO's (arXiv 2503.20783).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_EPSILON = 1e-4  # TRL's guard in the denominator
+_NO_SPREAD = 1e-6  # a standard deviation below this is rounding
+
+
+@dataclass(frozen=True)
+class Advantages:
+    values: Tensor  # float32 [B]
+    frac_reward_zero_std: float  # share of groups in which no reward tells samples apart
+
+
+def group_advantages(
+    scores: Tensor, weights: Tensor, group_ids: Tensor, scale: bool = True, sum_first: bool = False
+) -> Advantages:
+    """Scores [B, R] (NaN: not scored), weights [R], integer group ids [B] -> advantages [B].
+
+    By default each reward is normalised within its group, then weighted and
+    summed; `sum_first` sums the weighted rewards before. A NaN leaves the sample
+    out of that reward's statistics and adds nothing to its advantage; with
+    `sum_first` the sample is left out as a whole, its sum being unknown. A group
+    without spread gets 0.
+    """
+    scores = scores.float()
+    if sum_first:
+        scores = (scores * weights).sum(-1, keepdim=True)  # NaN stays NaN
+        weights = torch.ones(1)
+    values = torch.zeros(len(scores))
+    groups = group_ids.unique()
+    flat_groups = 0
+    for group in groups:
+        members = group_ids == group
+        normalised, spread = _normalise(scores[members], scale)
+        values[members] = (normalised * weights).sum(-1)
+        flat_groups += not bool((spread & (weights != 0)).any())
+    return Advantages(values, flat_groups / len(groups))
+
+
+def _normalise(scores: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
+    """One group [G, R] -> normalised [G, R] with 0 for NaN, and which rewards have spread [R]."""
+    scored = ~scores.isnan()
+    count = scored.sum(0)
+    mean = scores.nansum(0) / count.clamp(min=1)
+    centred = torch.where(scored, scores - mean, 0.0)
+    std = (centred.square().sum(0) / (count - 1).clamp(min=1)).sqrt()
+    spread = std > _NO_SPREAD
+    if scale:
+        centred = centred / (std + _EPSILON)
+    return torch.where(spread, centred, 0.0), spread

@@ -1,0 +1,105 @@
+"""Checkpoints: `checkpoint-N/` with adapter, optimizer, scheduler, RNG and position.
+
+Written under another name and renamed when complete, so a folder of that name is
+always whole.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from inference.model import save_adapter
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_POSITION = "trainer_state.json"
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    return sorted((p for p in found if (p / _POSITION).is_file()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def find_resume(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, None for a fresh run.
+
+    Raises UserError when a fresh run would mix with an older one's checkpoints, and
+    when the named checkpoint is none.
+    """
+    output_dir = Path(config.output_dir)
+    done = complete_checkpoints(output_dir)
+    if config.train.resume is None:
+        if done:
+            raise UserError(
+                f"output_dir = {config.output_dir!r} holds {done[-1].name} already: "
+                "set train.resume=latest to go on, or another output_dir"
+            )
+        return None
+    if config.train.resume == "latest":
+        return done[-1] if done else None
+    path = Path(config.train.resume)
+    if not (path / _POSITION).is_file():
+        raise UserError(
+            f"train.resume = {config.train.resume!r} is no complete checkpoint: "
+            "give 'latest' or a checkpoint-N folder"
+        )
+    return path
+
+
+def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, policy) -> Path:
+    """Write `checkpoint-{step}` after `step` rollouts; every process must call it."""
+    final = Path(config.output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(f".{final.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial / "state"))
+    if accelerator.is_main_process:
+        save_adapter(policy, config.stage, partial / "adapter", config.model.path)
+        position = {"step": step, "stage": config.stage, "config": asdict(config)}
+        (partial / _POSITION).write_text(json.dumps(position, indent=2))
+        partial.rename(final)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def leave_weights_to_the_adapter(accelerator: Accelerator) -> None:
+    """Keep `save_state` from writing, and `load_state` from reading, the frozen base."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+
+def load_position(checkpoint: Path, stage: str) -> int:
+    """The number of rollouts done. Raises UserError for a damaged or foreign checkpoint."""
+    try:
+        position = json.loads((checkpoint / _POSITION).read_text())
+        step, saved_stage = int(position["step"]), position["stage"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {str(checkpoint)!r} is damaged: {error!r}") from error
+    if saved_stage != stage:
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} is of stage {saved_stage!r}, the config of {stage!r}"
+        )
+    return step
+
+
+def load_state(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Optimizer, scheduler and RNG. Raises UserError for a damaged checkpoint."""
+    try:
+        accelerator.load_state(str(checkpoint / "state"))
+    except Exception as error:  # torch, pickle and zip readers each raise their own kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} is damaged ({reason}): resume from another"
+        ) from error

@@ -1,0 +1,135 @@
+"""Held-out prompts, fixed seeds: every reward's mean with its bootstrap interval."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.rows import load_rows
+from configs.schema import EvalConfig, RunConfig
+from inference.engine import Engine
+from inference.model import load_adapter, load_pipeline
+from inference.rollout import Request
+from rewards.base import RewardInput, score
+from rewards.registry import load_rewards
+from train.prompts import derive_seed
+
+_SEED = 2**31  # far from any training seed; the same for every model
+
+
+def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path) -> dict[str, Any]:
+    """Evaluate the base and then each model (a tuple of checkpoints to load together).
+
+    Pictures go to `output/<model>/`. Every model gets the same prompts and seeds, so
+    differences to the base are paired.
+    """
+    rows = load_rows(config.data.eval)
+    names_seen = {r.name: r for r in (*config.rewards, *config.eval.rewards)}
+    rewards = load_rewards(names_seen.values())
+    results = {"stage": config.stage, "rows": [], "prompts": [r["prompt"] for r in rows]}
+    labels = ["base", *(label(m) for m in models)]
+    for name, checkpoints in zip(labels, [(), *models], strict=True):
+        images = _generate(config, checkpoints, rows)
+        scores = _score(rewards, rows, images)
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for i, prompt_images in enumerate(images):
+            for n, image in enumerate(prompt_images):
+                path = folder / f"{i:03d}-{n}.png"
+                image.save(path)
+                paths.append(str(path.relative_to(output)))
+        base = results["rows"][0]["scores"] if results["rows"] else None
+        results["rows"].append(
+            {
+                "model": name,
+                "checkpoints": list(checkpoints),
+                "images": paths,
+                "scores": scores,
+                "metrics": {k: _summary(v, base and base[k], config.eval) for k, v in scores.items()},
+            }
+        )
+    return results
+
+
+def label(checkpoints: tuple[str, ...]) -> str:
+    """A short name: the run's folder and the checkpoint's, joined by +."""
+    parts = [Path(c).resolve() for c in checkpoints]
+    return "+".join(f"{p.parent.name}-{p.name}" for p in parts)
+
+
+def _generate(config: RunConfig, checkpoints: Sequence[str], rows: Sequence[dict]) -> list[list]:
+    pipeline = load_pipeline(config.model.path, config.model.dtype, config.model.device)
+    for checkpoint in checkpoints:
+        load_adapter(pipeline, checkpoint)
+    engine = Engine(pipeline, config.sampling, batch_size=config.rollout.batch_size)
+    count = config.eval.images_per_prompt
+    requests = [
+        Request(
+            row["prompt"],
+            tuple(derive_seed(_SEED, i, n) for n in range(count)),
+            config.sampling.height,
+            config.sampling.width,
+        )
+        for i, row in enumerate(rows)
+    ]
+    images = [rollout.images for rollout in engine.generate(requests)]
+    del pipeline, engine
+    gc.collect()  # the next model must fit in its place
+    return images
+
+
+def _score(rewards: dict, rows: Sequence[dict], images: Sequence[list]) -> dict[str, list[float]]:
+    """Per reward the mean score of each prompt; NaN where it could not be scored."""
+    count = len(images[0])
+    inputs = [
+        RewardInput(image, row["prompt"], row)
+        for row, prompt_images in zip(rows, images, strict=True)
+        for image in prompt_images
+    ]
+    scores = {}
+    for name, reward in rewards.items():
+        values = np.array(score(reward, name, inputs)).reshape(-1, count)
+        scores[name] = [float(v) for v in values.mean(-1)]
+    return scores
+
+
+def _summary(values: Sequence[float], base: Sequence[float] | None, config: EvalConfig) -> dict:
+    summary = {"mean": float(np.nanmean(values)), "interval": bootstrap_interval(values, config)}
+    if base is not None:
+        change = np.subtract(values, base)
+        summary["change"] = float(np.nanmean(change))
+        summary["change_interval"] = bootstrap_interval(change, config)
+    return summary
+
+
+def bootstrap_interval(values: Sequence[float], config: EvalConfig) -> list[float]:
+    """Percentile bootstrap of the mean over prompts (Efron), NaN left out."""
+    known = np.array([v for v in values if not np.isnan(v)])
+    if not len(known):
+        return [float("nan")] * 2
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(known), size=(config.bootstrap_samples, len(known)))
+    tail = (1 - config.confidence) / 2
+    return [float(q) for q in np.quantile(known[picks].mean(-1), [tail, 1 - tail])]
+
+
+def text_table(results: dict[str, Any]) -> str:
+    """Models by rewards; below the base, the paired change and its interval."""
+    names = list(results["rows"][0]["metrics"])
+    width = max(len(r["model"]) for r in results["rows"])
+    lines = [" | ".join([" " * width, *(f"{n:>30}" for n in names)])]
+    for row in results["rows"]:
+        cells = [f"{_cell(row['metrics'][n]):>30}" for n in names]
+        lines.append(" | ".join([row["model"].ljust(width), *cells]))
+    return "\n".join(lines)
+
+
+def _cell(metric: dict) -> str:
+    if "change" not in metric:
+        low, high = metric["interval"]
+        return f"{metric['mean']:.3f} [{low:.3f}, {high:.3f}]"
+    low, high = metric["change_interval"]
+    return f"{metric['mean']:.3f} {metric['change']:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -1,0 +1,135 @@
+"""Metrics under TRL's names: to accelerate's trackers and always to a JSONL file."""
+
+import importlib.util
+import json
+import math
+import netrc
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+
+_WANDB_HOST = "api.wandb.ai"
+
+
+class Stopwatch:
+    """Seconds and samples of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, samples: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.metrics[f"{name}/seconds"] = seconds
+        self.metrics[f"{name}/samples_per_second"] = samples / seconds
+
+
+def prepare_trackers(config: RunConfig) -> list[str]:
+    """Check that each tracker is installed; wandb without a login goes offline."""
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.trackers has {name!r}, which is not installed: pip install 'duet[{name}]'"
+            )
+    if "wandb" in config.train.trackers and not _wandb_login():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    return list(config.train.trackers)
+
+
+def _wandb_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(_WANDB_HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class MetricsLog:
+    """The main process writes; the others' calls do nothing."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int) -> None:
+        self.accelerator = accelerator
+        self.folder = output_dir
+        self.path = output_dir / "metrics.jsonl"
+        if accelerator.is_main_process and self.path.exists():
+            # a resumed run rewrites what came after its checkpoint
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.accelerator.log(metrics, step=step)
+
+    def write_images(self, images: Sequence[Image.Image], columns: int, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        grid = image_grid(images, columns)
+        (self.folder / "images").mkdir(exist_ok=True)
+        grid.save(self.folder / "images" / f"step-{step}.png")
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"rollout": np.asarray(grid)[None]}, step=step, **layout)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, row by row; a group a row when columns is its size."""
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid
+
+
+class Means:
+    """Weighted running means, with minimum and maximum for names that ask for them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        self.values[name].append(float(values.float().mean()))
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over micro-batches and processes (every process adds equally many)."""
+        means = torch.tensor([np.mean(v) for v in self.values.values()], device=accelerator.device)
+        means = accelerator.reduce(means, "mean").tolist()
+        return dict(zip(self.values, means, strict=True))
+
+
+def reward_metrics(
+    scores: torch.Tensor, weights: torch.Tensor, names: Sequence[str], group_ids: torch.Tensor
+) -> dict[str, float]:
+    """`reward` (weighted sum), `reward_std` (mean within groups) and each reward's mean and std.
+
+    Scores [B, R] of all processes; NaN is left out and counted as `rewards/<name>/not_scored`.
+    """
+    total = (scores * weights).nansum(-1)
+    stds = [total[group_ids == g].std() for g in group_ids.unique()]
+    metrics = {"reward": float(total.mean()), "reward_std": float(torch.stack(stds).mean())}
+    for i, name in enumerate(names):
+        column = scores[:, i]
+        scored = column[~column.isnan()]
+        metrics[f"rewards/{name}/mean"] = float(scored.mean())
+        metrics[f"rewards/{name}/std"] = float(scored.std())
+        metrics[f"rewards/{name}/not_scored"] = float(column.isnan().float().mean())
+    return metrics

@@ -1,0 +1,84 @@
+"""One self-contained HTML page: table, curves, pictures before and after."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+matplotlib.use("svg")
+from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
+
+_PICTURES = 24  # prompts shown; the folder holds the rest
+_CURVES = ("reward", "rewards/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
+
+
+def write_report(results: dict[str, Any], output: Path) -> Path:
+    """Write `output/index.html`; opens without a network."""
+    environment = Environment(loader=PackageLoader("train"), autoescape=select_autoescape())
+    template = environment.get_template("report.html")
+    rows = results["rows"]
+    pictures = [
+        {
+            "prompt": prompt,
+            "shown": [_picture(row, results, index, output) for row in rows],
+        }
+        for index, prompt in enumerate(results["prompts"][:_PICTURES])
+    ]
+    page = template.render(
+        stage=results["stage"],
+        rows=rows,
+        rewards=list(rows[0]["metrics"]),
+        prompts=len(results["prompts"]),
+        curves=_curves(rows),
+        pictures=pictures,
+    )
+    path = output / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _picture(row: dict, results: dict, index: int, output: Path) -> dict:
+    per_prompt = len(row["images"]) // len(results["prompts"])
+    data = (output / row["images"][index * per_prompt]).read_bytes()
+    return {
+        "model": row["model"],
+        "source": "data:image/png;base64," + base64.b64encode(data).decode(),
+        "scores": {name: values[index] for name, values in row["scores"].items()},
+    }
+
+
+def _curves(rows: list[dict]) -> list[dict]:
+    """The training curves of every run that a checkpoint came from, as inline SVG."""
+    runs = {Path(c).resolve().parent for row in rows for c in row["checkpoints"]}
+    curves = []
+    for run in sorted(runs):
+        log = run / "metrics.jsonl"
+        if log.is_file():
+            steps = [json.loads(line) for line in log.read_text().splitlines()]
+            curves.append({"run": run.name, "svg": _chart(steps)})
+    return curves
+
+
+def _chart(steps: list[dict]) -> str:
+    names = [
+        n for n in steps[-1] if n.startswith(_CURVES) and not n.endswith(("not_scored", "/std"))
+    ]
+    columns = 3
+    lines = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(11, 2.1 * lines), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        known = [(s["step"], s[name]) for s in steps if s.get(name) is not None]
+        axis.plot(*zip(*known, strict=True), linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    pyplot.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

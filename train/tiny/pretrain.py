@@ -1,0 +1,204 @@
+"""Build and pretrain `configs/tiny/model`: python -m train.tiny.pretrain [STAGE ...]
+
+Seeded. Without arguments every stage runs in order; a stage reads what the
+stages before it wrote, so any one can be repeated by name.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+from diffusers import GlmImagePipeline
+from torch.nn import functional as F
+from tqdm import trange
+
+from inference.layout import generation_grids, grid_positions, prompt_positions
+from train.tiny import decoder_pretraining, judges
+from train.tiny.parts import CODEBOOK_SIZE, build_pipeline, size_mib
+from train.tiny.world import (
+    HEIGHT_PIXELS,
+    WIDTH_PIXELS,
+    Card,
+    draw,
+    sample_card,
+    training_caption,
+)
+
+ROOT = Path(__file__).resolve().parents[2] / "configs" / "tiny"
+MODEL, PROMPTS, JUDGES = ROOT / "model", ROOT / "prompts", ROOT / "judges"
+GRIDS = generation_grids(HEIGHT_PIXELS, WIDTH_PIXELS)
+_PREVIEW_SIZE = GRIDS[0].width * 32, GRIDS[0].height * 32
+
+# A colour word of a pretraining caption is wrong this often, as captions of the
+# web are: what the AR learns is the share of colours that it obeys.
+CAPTION_NOISE = 0.35
+
+
+def build_codebook(seed: int = 0, cards: int = 1500, iterations: int = 25) -> None:
+    """Fresh parts; the codebook is k-means over the vision tower's random features."""
+    torch.manual_seed(seed)
+    pipeline = build_pipeline()
+    model = pipeline.vision_language_encoder.eval()
+    rng = random.Random(seed)
+    features = []
+    for _ in trange(cards, desc="codebook features"):
+        card = sample_card(rng, any_pair=True)
+        large = vision_features(pipeline, draw(card), model)
+        preview = vision_features(pipeline, draw_preview(card), model)
+        # shapes stand in the upper row: they need codes of their own
+        lower = large[3:][torch.rand(3) < 0.5]
+        features += [large[:3], lower, preview[torch.randint(len(preview), (2,))]]
+    points = F.normalize(model.model.vqmodel.quant_conv(_as_map(torch.cat(features)))[0].flatten(1).T)
+    model.model.vqmodel.quantize.embedding.weight.data = _spherical_k_means(points, iterations)
+    pipeline.save_pretrained(MODEL)
+
+
+def _as_map(features):
+    return features.T[None, :, :, None]  # [N, C] -> [1, C, N, 1]
+
+
+@torch.no_grad()
+def vision_features(pipeline, image, model):
+    inputs = pipeline.processor.image_processor(images=[image], return_tensors="pt")
+    output = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    return output.pooler_output[0].flatten(1).T  # [tokens, C]
+
+
+@torch.no_grad()
+def _spherical_k_means(points, iterations: int):
+    """k-means++ start, then Lloyd's steps on the unit sphere; [N, C] -> [CODEBOOK_SIZE, C]."""
+    centres = points[:1]
+    distance = 1 - points @ centres[0]
+    for _ in range(CODEBOOK_SIZE - 1):
+        pick = torch.multinomial(distance.clamp(min=0) + 1e-12, 1)
+        centres = torch.cat([centres, points[pick]])
+        distance = torch.minimum(distance, 1 - points @ centres[-1])
+    for _ in range(iterations):
+        nearest = (points @ centres.T).argmax(-1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        used = torch.bincount(nearest, minlength=CODEBOOK_SIZE) > 0
+        centres = torch.where(used[:, None], F.normalize(sums), centres)
+    return centres.contiguous()
+
+
+def draw_preview(card: Card):
+    return draw(card, _PREVIEW_SIZE[0] / WIDTH_PIXELS / 2).resize(_PREVIEW_SIZE)
+
+
+@torch.no_grad()
+def image_codes(pipeline, image) -> torch.Tensor:
+    inputs = pipeline.processor.image_processor(images=[image], return_tensors="pt")
+    model = pipeline.vision_language_encoder
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    return model.get_image_tokens(features.pooler_output, inputs["image_grid_thw"])
+
+
+def train_ar(seed: int = 1, cards: int = 4000, steps: int = 1000, batch: int = 32) -> None:
+    """Teacher forcing on preview and large grid, with colour words noised."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    pipeline = GlmImagePipeline.from_pretrained(MODEL)
+    model = pipeline.vision_language_encoder
+    pool = []
+    for _ in trange(cards, desc="AR cards"):
+        card = sample_card(rng, any_pair=True)
+        pool.append((card, torch.cat([image_codes(pipeline, draw_preview(card)),
+                                      image_codes(pipeline, draw(card))])))
+    trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    tokenizer = pipeline.processor.tokenizer
+    model.train()
+    progress = trange(steps, desc="AR")
+    for step in progress:
+        drawn = rng.choices(pool, k=batch)
+        prompts = [training_caption(card, rng, CAPTION_NOISE) for card, _ in drawn]
+        codes = torch.stack([c for _, c in drawn])  # [B, T]
+        inputs = _chat_inputs(pipeline.processor, prompts)
+        mask = inputs["attention_mask"]
+        positions = torch.cat(
+            [prompt_positions(mask), grid_positions(mask.sum(-1), GRIDS)], dim=-1
+        )
+        output = model(
+            input_ids=torch.cat([inputs["input_ids"], codes], dim=-1)[:, :-1],
+            attention_mask=torch.cat([mask, torch.ones_like(codes)], dim=-1)[:, :-1],
+            position_ids=positions[:, :, :-1],
+            logits_to_keep=codes.shape[1],
+        )
+        # the large grid is 6 of 253 tokens, yet all that the DiT sees
+        weight = torch.ones(codes.shape[1])
+        weight[-GRIDS[1].count :] = 8.0
+        loss = F.cross_entropy(output.logits.transpose(1, 2), codes, reduction="none")
+        loss = (loss * weight).sum() / (weight.sum() * batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", tokens=len(tokenizer))
+    # what `inference.generate` takes when nothing else is said
+    model.generation_config.update(
+        do_sample=True, temperature=1.0, target_h=HEIGHT_PIXELS, target_w=WIDTH_PIXELS,
+        num_inference_steps=12,
+    )
+    model.eval().save_pretrained(MODEL / "vision_language_encoder")
+
+
+def _chat_inputs(processor, prompts: list[str]):
+    messages = [[{"role": "user", "content": [{"type": "text", "text": p}]}] for p in prompts]
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, processor_kwargs={
+            "target_h": HEIGHT_PIXELS, "target_w": WIDTH_PIXELS, "padding": True,
+            "return_tensors": "pt"},
+    )
+
+
+def write_prompts(seed: int = 5, train: int = 256, evaluation: int = 96) -> None:
+    """Prompt rows with their reference pictures; evaluation words and pairs are held out."""
+    for name, count, held_out in (("train", train, False), ("eval", evaluation, True)):
+        rng = random.Random(f"{seed}/{name}")
+        (PROMPTS / name).mkdir(parents=True, exist_ok=True)
+        rows = []
+        while len(rows) < count:
+            card = sample_card(rng, held_out)
+            if not card.shapes:
+                continue
+            image = f"{name}/{len(rows):03d}.png"
+            draw(card).save(PROMPTS / image, optimize=True)
+            rows.append({"prompt": card.prompt, "text": card.word, "image": image, "card": card.to_row()})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (PROMPTS / f"{name}.jsonl").write_text(lines)
+
+
+STAGES = {
+    "codebook": build_codebook,
+    "vae": lambda: decoder_pretraining.train_vae(MODEL),
+    "dit": lambda: decoder_pretraining.train_dit(MODEL, image_codes),
+    "ar": train_ar,
+    "judges": lambda: judges.train(JUDGES),
+    "prompts": write_prompts,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all in order if none")
+    names = parser.parse_args().stages or list(STAGES)
+    unknown = set(names) - set(STAGES)
+    if unknown:
+        parser.error(f"unknown stage {sorted(unknown)}: allowed are {', '.join(STAGES)}")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    for name in names:
+        start = time.perf_counter()
+        STAGES[name]()
+        print(f"{name}: {time.perf_counter() - start:.0f} seconds")
+    print(f"{MODEL}: {size_mib(MODEL):.1f} MiB; judges {size_mib(JUDGES):.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
