@@ -17,9 +17,7 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
-    rows = [
-        _row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    rows = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"prompt file {str(path)!r} is empty: give one JSON object a line")
     return rows

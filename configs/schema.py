@@ -194,5 +194,7 @@ class RunConfig:
             _require(self.sde.noise_level > 0, "sde.noise_level", self.sde.noise_level, "> 0")
             last = self.sde.window_start_max + self.sde.window_size
             steps = self.sampling.num_inference_steps
-            allowed = f"at most num_inference_steps - 1 = {steps - 1}: the last step follows the ODE"
+            allowed = (
+                f"at most num_inference_steps - 1 = {steps - 1}: the last step follows the ODE"
+            )
             _require(last < steps, "sde.window_start_max + sde.window_size", last, allowed)

@@ -122,9 +122,9 @@ def sample_tokens(
     counts = [len(s) for s in seeds]
     total = sum(g.count for g in grids)
     draws = [seeded(s, "tokens") for group in seeds for s in group]
-    uniforms = torch.stack(
-        [torch.rand(total, generator=g, dtype=torch.float64) for g in draws]
-    ).to(device)
+    uniforms = torch.stack([torch.rand(total, generator=g, dtype=torch.float64) for g in draws]).to(
+        device
+    )
     logits, cache, mask = prefill(model, [p.to(device) for p in prompts], counts)
     positions = grid_positions(mask.sum(-1), grids)  # [3, B, T]
     mask = pad(mask, (0, total), value=1)

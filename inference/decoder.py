@@ -83,9 +83,7 @@ def transition(
     Sampling and scoring both come through here.
     """
     v = velocity(dit, x, schedule.timesteps[step], given)
-    sigma, sigma_next = (
-        schedule.sigmas[step + i].view(-1, 1, 1, 1) for i in (0, 1)
-    )
+    sigma, sigma_next = (schedule.sigmas[step + i].view(-1, 1, 1, 1) for i in (0, 1))
     return SDE_STEPS[sde.kind](x, v, sigma, sigma_next, sde.noise_level)
 
 
@@ -126,8 +124,12 @@ def sample_latents(
 
 
 def step_transitions(
-    dit, trajectory: LatentTrajectory, schedule: Schedule, null_glyphs: Tensor,
-    guidance_scale: float, sde: SdeConfig,
+    dit,
+    trajectory: LatentTrajectory,
+    schedule: Schedule,
+    null_glyphs: Tensor,
+    guidance_scale: float,
+    sde: SdeConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replay the K steps of N samples: log-probs [N, K], means and stds [N * K, ...]."""
     device = null_glyphs.device
@@ -171,9 +173,9 @@ def to_images(pixels: np.ndarray) -> list[Image.Image]:
 _PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
 
 
-def by_glyph_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Sample indices in batches of one glyph length each, so that nothing is padded."""
-    for length in sorted(set(lengths)):
-        same = [i for i, n in enumerate(lengths) if n == length]
+def equal_batches(kinds: Sequence[tuple], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of one kind each (size, glyph length), so that nothing is padded."""
+    for kind in sorted(set(kinds)):
+        same = [i for i, k in enumerate(kinds) if k == kind]
         for start in range(0, len(same), batch_size):
             yield same[start : start + batch_size]

@@ -76,7 +76,10 @@ class Engine:
         """Large-grid tokens [h * w] of each request's first seed, without a picture."""
         for request in requests:
             self._check(request)
-        return [self._priors(r, t)[0] for r, t in zip(requests, self._sample_tokens(requests), strict=True)]
+        return [
+            self._priors(r, t)[0]
+            for r, t in zip(requests, self._sample_tokens(requests), strict=True)
+        ]
 
     def final_pixels(self, request: Request) -> np.ndarray:
         """Float pixels [N, H, W, 3] in [0, 1] of a request that fixes its prior tokens."""
@@ -171,7 +174,9 @@ class Engine:
             raise UserError(str(error)) from error
         prior = request.prior_tokens
         if prior is not None and tuple(prior.shape) != (large.count,):
-            raise UserError(f"prior_tokens of shape {tuple(prior.shape)}: allowed is {(large.count,)}")
+            raise UserError(
+                f"prior_tokens of shape {tuple(prior.shape)}: allowed is {(large.count,)}"
+            )
         if prior is not None and not 0 <= int(prior.min()) <= int(prior.max()) < self.codebook_size:
             raise UserError(f"prior_tokens must be ids from 0 to {self.codebook_size - 1}")
 
@@ -236,8 +241,7 @@ class Engine:
         samples = [(i, n) for i, r in enumerate(requests) for n in range(len(r.seeds))]
         # one size and one glyph length a batch, so that nothing is padded
         kinds = [(requests[i].height, requests[i].width, len(glyphs[i])) for i, _ in samples]
-        codes = {kind: code for code, kind in enumerate(sorted(set(kinds)))}
-        batches = decoder.by_glyph_length([codes[k] for k in kinds], self.batch_size)
+        batches = decoder.equal_batches(kinds, self.batch_size)
         results: dict[tuple[int, int], tuple] = {}
         steps = self.sampling.num_inference_steps
         with self._bar(len(samples) * steps, "denoising") as bar:

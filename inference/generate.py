@@ -9,7 +9,11 @@ from configs.schema import SamplingConfig
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="duet generate", description=__doc__, epilog="Unset numbers come from the model's generation_config.")
+    parser = argparse.ArgumentParser(
+        prog="duet generate",
+        description=__doc__,
+        epilog="Unset numbers come from the model's generation_config.",
+    )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")
     add("--prompt", action="append", default=[], help="may be repeated")

@@ -6,7 +6,10 @@ import sys
 from configs.errors import UserError, exit_on_user_error
 
 _COMMANDS = {
-    "train": ("train.__main__", "GRPO on one module (several processes: accelerate launch -m train)"),
+    "train": (
+        "train.__main__",
+        "GRPO on one module (several processes: accelerate launch -m train)",
+    ),
     "generate": ("inference.generate", "pictures from prompts"),
     "evaluate": ("train.evaluate", "held-out prompts, every reward, a report"),
 }

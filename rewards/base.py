@@ -1,8 +1,8 @@
 """What a reward is: a batch of (image, prompt, row) in, one float a sample out.
 
-    class Brightness:
-        def __call__(self, inputs):
-            return [ImageStat.Stat(i.image.convert("L")).mean[0] / 255 for i in inputs]
+class Brightness:
+    def __call__(self, inputs):
+        return [ImageStat.Stat(i.image.convert("L")).mean[0] / 255 for i in inputs]
 """
 
 import math

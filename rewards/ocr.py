@@ -26,7 +26,11 @@ class Ocr:
     """
 
     def __init__(
-        self, limit_side_len: int = 512, enlarge_to: int = 0, ignore_case: bool = True, threads: int = 1
+        self,
+        limit_side_len: int = 512,
+        enlarge_to: int = 0,
+        ignore_case: bool = True,
+        threads: int = 1,
     ) -> None:
         """`enlarge_to`: least shorter side in pixels at which a picture is read."""
         self.enlarge_to = enlarge_to

@@ -54,7 +54,7 @@ def _find(name: str):
     if not module_name:
         known = ", ".join([*BUILT_IN, *installed])
         raise UserError(
-            f"reward {name!r} is unknown: allowed are {known}, or a dotted path package.module.Class"
+            f"reward {name!r} is unknown: allowed are {known}, or a path package.module.Class"
         )
     try:
         return getattr(importlib.import_module(module_name), attribute)

@@ -67,7 +67,12 @@ def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, poli
     accelerator.save_state(str(partial / "state"))
     if accelerator.is_main_process:
         save_adapter(policy, config.stage, partial / "adapter", config.model.path)
-        position = {"step": step, "stage": config.stage, "config": asdict(config)}
+        position = {
+            "step": step,
+            "stage": config.stage,
+            "num_processes": accelerator.num_processes,
+            "config": asdict(config),
+        }
         (partial / _POSITION).write_text(json.dumps(position, indent=2))
         partial.rename(final)
     accelerator.wait_for_everyone()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from configs.rows import load_rows
 from configs.schema import EvalConfig, RunConfig
@@ -48,7 +49,9 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
                 "checkpoints": list(checkpoints),
                 "images": paths,
                 "scores": scores,
-                "metrics": {k: _summary(v, base and base[k], config.eval) for k, v in scores.items()},
+                "metrics": {
+                    k: _summary(v, base and base[k], config.eval) for k, v in scores.items()
+                },
             }
         )
     return results
@@ -81,28 +84,40 @@ def _generate(config: RunConfig, checkpoints: Sequence[str], rows: Sequence[dict
     return images
 
 
-def _score(rewards: dict, rows: Sequence[dict], images: Sequence[list]) -> dict[str, list[float]]:
-    """Per reward the mean score of each prompt; NaN where it could not be scored."""
-    count = len(images[0])
+def _score(rewards: dict, rows: Sequence[dict], images: Sequence[list]) -> dict[str, list]:
+    """Per reward [prompts, images]; NaN where it could not be scored."""
     inputs = [
         RewardInput(image, row["prompt"], row)
         for row, prompt_images in zip(rows, images, strict=True)
         for image in prompt_images
     ]
-    scores = {}
-    for name, reward in rewards.items():
-        values = np.array(score(reward, name, inputs)).reshape(-1, count)
-        scores[name] = [float(v) for v in values.mean(-1)]
-    return scores
+    return {
+        name: np.reshape(score(reward, name, inputs), (len(rows), -1)).tolist()
+        for name, reward in tqdm(rewards.items(), desc="scoring", leave=False)
+    }
 
 
-def _summary(values: Sequence[float], base: Sequence[float] | None, config: EvalConfig) -> dict:
-    summary = {"mean": float(np.nanmean(values)), "interval": bootstrap_interval(values, config)}
+def _summary(scores: list, base: list | None, config: EvalConfig) -> dict:
+    """Means over prompts; `perfect`: the share of single pictures that score exactly 1."""
+    values = _prompt_means(scores)
+    summary = {
+        "mean": float(np.nanmean(values)),
+        "interval": bootstrap_interval(values, config),
+        "perfect": float(np.mean(np.array(scores) == 1)),
+    }
     if base is not None:
-        change = np.subtract(values, base)
+        change = values - _prompt_means(base)
         summary["change"] = float(np.nanmean(change))
         summary["change_interval"] = bootstrap_interval(change, config)
     return summary
+
+
+def _prompt_means(scores: list) -> np.ndarray:
+    """[prompts, images] -> [prompts], over the pictures that could be scored."""
+    table = np.array(scores, dtype=float)
+    known = ~np.isnan(table)
+    total = np.where(known, table, 0.0).sum(-1)
+    return np.where(known.any(-1), total / np.maximum(known.sum(-1), 1), np.nan)
 
 
 def bootstrap_interval(values: Sequence[float], config: EvalConfig) -> list[float]:

@@ -24,7 +24,7 @@ from train.advantages import group_advantages
 from train.loss import policy_loss
 from train.metrics import Means, MetricsLog, Stopwatch, prepare_trackers, reward_metrics
 from train.prompts import Group, draw_groups, shard
-from train.stages import STAGES, select_samples
+from train.stages import STAGES, ArStage, DecoderStage, select_samples
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Run:
 
     config: RunConfig
     accelerator: Accelerator
-    stage: object  # ArStage or DecoderStage
+    stage: ArStage | DecoderStage
     policy: torch.nn.Module  # wrapped by accelerate
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
@@ -96,10 +96,10 @@ def train_step(run: Run, step: int, first: bool = False) -> tuple[dict, list]:
             gate.check_ratio(run.stage, rollouts, run.policy, _precision(config))
     with clock.phase("update", samples):
         metrics = update(run, rollouts, advantages.values, step)
-    everyone = [torch.cat([torch.tensor(p) for p in _gather(accelerator, t)]) for t in (scores, group_ids)]
-    metrics |= reward_metrics(everyone[0], run.weights, list(run.rewards), everyone[1])
-    zero_std = _gather(accelerator, torch.tensor([advantages.frac_reward_zero_std]))
-    metrics["frac_reward_zero_std"] = float(torch.tensor(zero_std).mean())
+    all_scores, all_ids = _gather(scores), _gather(group_ids)
+    metrics |= reward_metrics(all_scores, run.weights, list(run.rewards), all_ids)
+    zero_std = _gather(torch.tensor([advantages.frac_reward_zero_std]))
+    metrics["frac_reward_zero_std"] = float(zero_std.mean())
     return metrics | clock.metrics, [i for r in rollouts for i in r.images]
 
 
@@ -276,5 +276,6 @@ def _shows(run: Run) -> bool:
     return run.accelerator.is_local_main_process
 
 
-def _gather(accelerator: Accelerator, tensor: torch.Tensor) -> list:
-    return gather_object([tensor.tolist()])
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The processes' rows, one after another; unequal lengths are fine."""
+    return torch.cat([torch.tensor(part) for part in gather_object([tensor.tolist()])])

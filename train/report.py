@@ -47,7 +47,7 @@ def _picture(row: dict, results: dict, index: int, output: Path) -> dict:
     return {
         "model": row["model"],
         "source": "data:image/png;base64," + base64.b64encode(data).decode(),
-        "scores": {name: values[index] for name, values in row["scores"].items()},
+        "scores": {name: values[index][0] for name, values in row["scores"].items()},
     }
 
 

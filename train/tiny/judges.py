@@ -73,7 +73,7 @@ def _write_tokenizer(folder: Path, rng: random.Random) -> int:
     return end + 1
 
 
-def _train_clip(model, preprocess, tokenizer, rng, cards: int = 6000, steps: int = 1500) -> None:
+def _train_clip(model, preprocess, tokenizer, rng, cards: int = 6000, steps: int = 700) -> None:
     """Contrastive; every card also brings a caption with one colour word changed."""
     pool = [sample_card(rng, any_pair=True) for _ in range(cards)]
     images = torch.stack([preprocess(draw(c)) for c in pool])
@@ -87,7 +87,9 @@ def _train_clip(model, preprocess, tokenizer, rng, cards: int = 6000, steps: int
         prompts = [training_caption(pool[i], rng) for i in pick]
         wrong = [training_caption(_recoloured(pool[i], rng), rng) for i in pick]
         x = images[pick]
-        x = x + torch.rand(batch, 1, 1, 1) * 0.3 * torch.randn_like(x)  # decoded cards are not clean
+        x = x + torch.rand(batch, 1, 1, 1) * 0.3 * torch.randn_like(
+            x
+        )  # decoded cards are not clean
         image = F.normalize(model.encode_image(x), dim=-1)
         text = F.normalize(model.encode_text(tokenizer(prompts + wrong)), dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # [B, 2B]
@@ -100,7 +102,9 @@ def _train_clip(model, preprocess, tokenizer, rng, cards: int = 6000, steps: int
         schedule.step()
         if step % 20 == 0:
             own, other = logits.diagonal(), logits[labels, labels + batch]
-            progress.set_postfix(loss=f"{loss.item():.3f}", hard=f"{(own > other).float().mean():.2f}")
+            progress.set_postfix(
+                loss=f"{loss.item():.3f}", hard=f"{(own > other).float().mean():.2f}"
+            )
     model.eval()
 
 
@@ -113,11 +117,17 @@ def _recoloured(card: Card, rng: random.Random) -> Card:
 
 
 def _train_aesthetic(model, preprocess, rng, cards: int = 3000, steps: int = 1500) -> nn.Module:
-    """LAION's predictor, its widths scaled down: 10 for a clean card, less the more it is spoiled."""
+    """LAION's predictor at small widths: 10 for a clean card, less the more it is spoiled."""
     width = _EMBEDDING
     head = nn.Sequential(
-        nn.Linear(width, 64), nn.Dropout(0.2), nn.Linear(64, 32), nn.Dropout(0.2),
-        nn.Linear(32, 16), nn.Dropout(0.1), nn.Linear(16, 8), nn.Linear(8, 1),
+        nn.Linear(width, 64),
+        nn.Dropout(0.2),
+        nn.Linear(64, 32),
+        nn.Dropout(0.2),
+        nn.Linear(32, 16),
+        nn.Dropout(0.1),
+        nn.Linear(16, 8),
+        nn.Linear(8, 1),
     )
     head = nn.ModuleDict({"layers": head})
     pictures, marks = [], []

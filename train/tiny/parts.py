@@ -4,6 +4,7 @@ Token ids of the AR: 0..255 codebook, 256 image start (also `bos`), 257 image
 end, text from 264 on (codebook and text ids share one embedding table).
 """
 
+import json
 import random
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         ),
     )
     trained = bpe.get_vocab()
-    merges = _merges(bpe)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     codes = [f"<|code_{i}|>" for i in range(CODEBOOK_SIZE)]
     codes += ["<|image_start|>", "<|image_end|>"]
     codes += [f"<|vision_{i}|>" for i in range(len(codes), VISION_VOCABULARY)]
@@ -108,12 +109,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.add_special_tokens({"additional_special_tokens": codes + _ROLES}, False)
     return fast
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def build_ar(tokenizer: PreTrainedTokenizerFast) -> GlmImageForConditionalGeneration:

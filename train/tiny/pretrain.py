@@ -52,7 +52,9 @@ def build_codebook(seed: int = 0, cards: int = 1500, iterations: int = 25) -> No
         # shapes stand in the upper row: they need codes of their own
         lower = large[3:][torch.rand(3) < 0.5]
         features += [large[:3], lower, preview[torch.randint(len(preview), (2,))]]
-    points = F.normalize(model.model.vqmodel.quant_conv(_as_map(torch.cat(features)))[0].flatten(1).T)
+    points = F.normalize(
+        model.model.vqmodel.quant_conv(_as_map(torch.cat(features)))[0].flatten(1).T
+    )
     model.model.vqmodel.quantize.embedding.weight.data = _spherical_k_means(points, iterations)
     pipeline.save_pretrained(MODEL)
 
@@ -106,12 +108,19 @@ def train_ar(seed: int = 1, cards: int = 4000, steps: int = 1000, batch: int = 3
     pool = []
     for _ in trange(cards, desc="AR cards"):
         card = sample_card(rng, any_pair=True)
-        pool.append((card, torch.cat([image_codes(pipeline, draw_preview(card)),
-                                      image_codes(pipeline, draw(card))])))
+        pool.append(
+            (
+                card,
+                torch.cat(
+                    [image_codes(pipeline, draw_preview(card)), image_codes(pipeline, draw(card))]
+                ),
+            )
+        )
     trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    tokenizer = pipeline.processor.tokenizer
+    weights = _token_weights()
+    large = GRIDS[1].count
     model.train()
     progress = trange(steps, desc="AR")
     for step in progress:
@@ -120,41 +129,52 @@ def train_ar(seed: int = 1, cards: int = 4000, steps: int = 1000, batch: int = 3
         codes = torch.stack([c for _, c in drawn])  # [B, T]
         inputs = _chat_inputs(pipeline.processor, prompts)
         mask = inputs["attention_mask"]
-        positions = torch.cat(
-            [prompt_positions(mask), grid_positions(mask.sum(-1), GRIDS)], dim=-1
-        )
+        positions = torch.cat([prompt_positions(mask), grid_positions(mask.sum(-1), GRIDS)], dim=-1)
         output = model(
             input_ids=torch.cat([inputs["input_ids"], codes], dim=-1)[:, :-1],
             attention_mask=torch.cat([mask, torch.ones_like(codes)], dim=-1)[:, :-1],
             position_ids=positions[:, :, :-1],
             logits_to_keep=codes.shape[1],
         )
-        # the large grid is 6 of 253 tokens, yet all that the DiT sees
-        weight = torch.ones(codes.shape[1])
-        weight[-GRIDS[1].count :] = 8.0
-        loss = F.cross_entropy(output.logits.transpose(1, 2), codes, reduction="none")
-        loss = (loss * weight).sum() / (weight.sum() * batch)
+        losses = F.cross_entropy(output.logits.transpose(1, 2), codes, reduction="none")
+        loss = (losses * weights).sum() / (weights.sum() * batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", tokens=len(tokenizer))
+            first, last = losses[:, 0].mean(), losses[:, -large:].mean()
+            progress.set_postfix(loss=f"{loss:.3f}", first=f"{first:.3f}", large=f"{last:.3f}")
     # what `inference.generate` takes when nothing else is said
-    model.generation_config.update(
-        do_sample=True, temperature=1.0, target_h=HEIGHT_PIXELS, target_w=WIDTH_PIXELS,
-        num_inference_steps=12,
-    )
+    defaults = model.generation_config
+    defaults.temperature, defaults.num_inference_steps = 1.0, 12
+    defaults.target_h, defaults.target_w = HEIGHT_PIXELS, WIDTH_PIXELS
     model.eval().save_pretrained(MODEL / "vision_language_encoder")
+
+
+def _token_weights() -> torch.Tensor:
+    """Loss weights [T]: tokens that decide colours count most, the preview's letters least."""
+    preview, large = GRIDS
+    rows = torch.ones(preview.height, preview.width)
+    rows[preview.height // 2 :] = 0.1  # the word stands in the lower half
+    weights = torch.cat([rows.flatten(), torch.full((large.count,), 20.0)])
+    weights[0] = 20.0  # the first token tells the background
+    return weights
 
 
 def _chat_inputs(processor, prompts: list[str]):
     messages = [[{"role": "user", "content": [{"type": "text", "text": p}]}] for p in prompts]
     return processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, processor_kwargs={
-            "target_h": HEIGHT_PIXELS, "target_w": WIDTH_PIXELS, "padding": True,
-            "return_tensors": "pt"},
+        messages,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={
+            "target_h": HEIGHT_PIXELS,
+            "target_w": WIDTH_PIXELS,
+            "padding": True,
+            "return_tensors": "pt",
+        },
     )
 
 
@@ -170,7 +190,9 @@ def write_prompts(seed: int = 5, train: int = 256, evaluation: int = 96) -> None
                 continue
             image = f"{name}/{len(rows):03d}.png"
             draw(card).save(PROMPTS / image, optimize=True)
-            rows.append({"prompt": card.prompt, "text": card.word, "image": image, "card": card.to_row()})
+            rows.append(
+                {"prompt": card.prompt, "text": card.word, "image": image, "card": card.to_row()}
+            )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (PROMPTS / f"{name}.jsonl").write_text(lines)
 
@@ -179,6 +201,7 @@ STAGES = {
     "codebook": build_codebook,
     "vae": lambda: decoder_pretraining.train_vae(MODEL),
     "dit": lambda: decoder_pretraining.train_dit(MODEL, image_codes),
+    "vae_decoder": lambda: decoder_pretraining.refine_vae_decoder(MODEL),
     "ar": train_ar,
     "judges": lambda: judges.train(JUDGES),
     "prompts": write_prompts,
@@ -186,7 +209,9 @@ STAGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all in order if none")
     names = parser.parse_args().stages or list(STAGES)
     unknown = set(names) - set(STAGES)

@@ -99,9 +99,7 @@ def is_held_out_pair(background: str, colour: str) -> bool:
     return _held_out(f"{background}/{colour}")
 
 
-def sample_card(
-    rng: random.Random, held_out: bool = False, any_pair: bool = False
-) -> Card:
+def sample_card(rng: random.Random, held_out: bool = False, any_pair: bool = False) -> Card:
     """Draw a training card, or one whose word and every colour pair are held out.
 
     Training cards carry 0, 1 or 2 shapes (10, 45, 45 %), held-out cards 1 or 2.

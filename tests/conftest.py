@@ -1,0 +1,65 @@
+"""Shared parts: the shipped tiny model, loaded once, and small run configs."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load_config
+from configs.rows import load_rows
+from configs.schema import SamplingConfig, SdeConfig
+from inference.engine import Engine
+from inference.model import load_pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "configs" / "tiny" / "model"
+CLIP = f"local-dir:{ROOT}/configs/tiny/judges/clip"
+SAMPLING = SamplingConfig(height=64, width=96, num_inference_steps=6)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """The shipped configs name their files from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """The tiny model without adapters: tests that add one load their own."""
+    return load_pipeline(str(MODEL))
+
+
+@pytest.fixture
+def engine(pipeline):
+    return Engine(pipeline, SAMPLING, SdeConfig(noise_level=0.8), progress=False)
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return load_rows(ROOT / "configs" / "tiny" / "prompts" / "eval.jsonl")
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """Overrides that make a shipped config a run of seconds; a function of more overrides."""
+
+    def make(stage: str, *overrides: str):
+        small = [
+            f"output_dir={tmp_path / 'run'}",
+            "rollout.prompts_per_step=2",
+            "rollout.num_generations=4",
+            "optim.per_device_train_batch_size=4",
+            "optim.gradient_accumulation_steps=2",
+            "sampling.num_inference_steps=6",
+            "train.trackers=[]",
+            "train.save_steps=1",
+            "train.max_steps=2",
+        ]
+        return load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", [*small, *overrides])
+
+    return make

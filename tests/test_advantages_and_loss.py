@@ -1,0 +1,107 @@
+"""GRPO's numbers, by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+from configs.schema import GrpoConfig
+from train.advantages import group_advantages
+from train.loss import DR_GRPO_LENGTH, importance_ratio, k3_kl, policy_loss
+
+NAN = float("nan")
+ONE = torch.ones(1)
+
+
+def test_scores_are_normalised_within_their_group():
+    scores = torch.tensor([[1.0], [10.0], [3.0], [30.0]])
+    result = group_advantages(scores, ONE, torch.tensor([7, 9, 7, 9]))
+    # each group: two samples, centred +-d, unbiased std sqrt(2) d
+    assert result.values.tolist() == pytest.approx([-0.7071, -0.7071, 0.7071, 0.7071], abs=1e-3)
+
+
+def test_each_reward_is_normalised_before_it_is_weighted():
+    scores = torch.tensor([[0.0, 100.0], [1.0, 0.0]])
+    weights, ids = torch.tensor([1.0, 0.5]), torch.zeros(2, dtype=torch.long)
+    per_reward = group_advantages(scores, weights, ids).values
+    assert per_reward.tolist() == pytest.approx([-0.3535, 0.3535], abs=1e-3)
+    summed = group_advantages(scores, weights, ids, sum_first=True).values
+    assert summed.tolist() == pytest.approx([0.7071, -0.7071], abs=1e-3)
+
+
+def test_without_scaling_only_the_mean_is_taken_off():
+    result = group_advantages(torch.tensor([[1.0], [4.0]]), ONE, torch.zeros(2).long(), scale=False)
+    assert result.values.tolist() == pytest.approx([-1.5, 1.5])
+
+
+def test_nan_leaves_the_sample_out_and_is_no_zero():
+    scores = torch.tensor([[2.0], [NAN], [4.0]])
+    ids = torch.zeros(3, dtype=torch.long)
+    values = group_advantages(scores, ONE, ids).values
+    assert values.tolist() == pytest.approx([-0.7071, 0.0, 0.7071], abs=1e-3)
+    both = torch.cat([scores, torch.tensor([[1.0], [2.0], [3.0]])], 1)
+    values = group_advantages(both, torch.ones(2), ids).values
+    assert values.tolist() == pytest.approx([-1.7071, 0.0, 1.7071], abs=1e-3)
+    summed = group_advantages(both, torch.ones(2), ids, sum_first=True).values
+    assert summed.tolist() == pytest.approx([-0.7071, 0.0, 0.7071], abs=1e-3)
+
+
+def test_a_group_without_spread_gives_zero_and_is_counted():
+    scores = torch.tensor([[0.3], [0.3], [0.1], [0.2], [NAN], [NAN]])
+    result = group_advantages(scores, ONE, torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert result.values[[0, 1, 4, 5]].tolist() == [0, 0, 0, 0]
+    assert result.frac_reward_zero_std == pytest.approx(2 / 3)
+
+
+def test_clipping_has_two_sides():
+    old = torch.zeros(4, 1)
+    new = torch.tensor([[0.5], [1.6], [0.5], [1.6]]).log()
+    gain = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    result = policy_loss(new, old, gain, GrpoConfig(epsilon=0.2, epsilon_high=0.4))
+    # -min(r A, clip A): -0.5, -1.4, +0.8, +1.6
+    assert float(result.loss) == pytest.approx((-0.5 - 1.4 + 0.8 + 1.6) / 4)
+    assert result.clipped_high[:, 0].tolist() == [False, True, False, False]
+    assert result.clipped_low[:, 0].tolist() == [False, False, True, False]
+
+
+def test_gradient_at_ratio_one_is_that_of_the_policy_gradient():
+    logprobs = torch.zeros(2, 3, requires_grad=True)
+    policy_loss(
+        logprobs, torch.zeros(2, 3), torch.tensor([2.0, -1.0]), GrpoConfig()
+    ).loss.backward()
+    assert logprobs.grad.tolist() == [pytest.approx([-2 / 6] * 3), pytest.approx([1 / 6] * 3)]
+
+
+def test_dr_grpo_divides_by_a_constant():
+    new, gain = torch.zeros(2, 50), torch.tensor([1.0, 3.0])
+    loss = policy_loss(new, new, gain, GrpoConfig(loss_type="dr_grpo")).loss
+    assert float(loss) == pytest.approx(-(50 * 1 + 50 * 3) / 2 / DR_GRPO_LENGTH)
+
+
+def test_gspo_takes_the_geometric_mean_of_a_sequence():
+    new = torch.tensor([[math.log(2.0), math.log(0.5), math.log(8.0)]])
+    assert importance_ratio(new, torch.zeros(1, 3), "sequence")[0].tolist() == pytest.approx(
+        [2.0] * 3
+    )
+    assert importance_ratio(new, torch.zeros(1, 3), "token")[0].tolist() == pytest.approx(
+        [2, 0.5, 8]
+    )
+    config = GrpoConfig(importance_sampling_level="sequence", epsilon=0.2)
+    assert float(policy_loss(new, torch.zeros(1, 3), torch.ones(1), config).loss) == pytest.approx(
+        -1.2
+    )
+
+
+def test_k3_is_an_unbiased_kl():
+    p, q = Categorical(torch.tensor([0.5, 0.3, 0.2])), Categorical(torch.tensor([0.2, 0.3, 0.5]))
+    ids = torch.arange(3)
+    expected = (p.probs * k3_kl(p.log_prob(ids), q.log_prob(ids))).sum()
+    assert float(expected) == pytest.approx(float(kl_divergence(p, q)), abs=1e-6)
+
+
+def test_beta_weighs_the_kl():
+    kl = torch.full((1, 2), 0.25)
+    zero = torch.zeros(1, 2)
+    loss = policy_loss(zero, zero, torch.zeros(1), GrpoConfig(beta=0.4), kl).loss
+    assert float(loss) == pytest.approx(0.1)

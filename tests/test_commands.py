@@ -1,0 +1,141 @@
+"""The commands as a stranger types them: real processes, exit status, one clear line."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+from tests.conftest import MODEL, ROOT
+
+CARD = 'a red card with the white word "CAT"'
+TINY = "configs/tiny/decoder.yaml"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_generate_writes_pictures_and_never_replaces_one(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": 'a blue card with the black word "PEN"'}) + "\n")
+    command = [
+        "-m", "inference.generate", "--model", str(MODEL), "--prompt", CARD, "--prompts", str(prompts),
+        "--num-images", "2", "--seed", "5", "--steps", "4", "--guidance-scale", "2",
+        "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    names = {"000-seed5.png", "000-seed6.png", "001-seed5.png", "001-seed6.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    assert Image.open(tmp_path / "out" / "000-seed5.png").size == (96, 64)
+    before = (tmp_path / "out" / "000-seed5.png").read_bytes()
+    assert run(*command, "--height", "96", "--width", "64").returncode == 0
+    assert (tmp_path / "out" / "000-seed5.png").read_bytes() == before
+    assert Image.open(tmp_path / "out" / "000-seed5-1.png").size == (64, 96)
+
+
+def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
+    rows = (ROOT / "configs/tiny/prompts/eval.jsonl").read_text().splitlines()[:3]
+    data = tmp_path / "eval.jsonl"
+    absolute = [json.loads(r) for r in rows]
+    for row in absolute:
+        row["image"] = str(ROOT / "configs/tiny/prompts" / row["image"])
+    data.write_text("".join(json.dumps(r) + "\n" for r in absolute))
+    small = [
+        f"data.eval={data}", "sampling.num_inference_steps=4", f"output_dir={tmp_path / 'run'}",
+        "rollout.prompts_per_step=1", "rollout.num_generations=2", "train.trackers=[]",
+        "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
+        "train.max_steps=1",
+    ]  # fmt: skip
+    trained = run("-m", "launch.cli", "train", TINY, *small)
+    assert trained.returncode == 0, trained.stderr
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    output = tmp_path / "report"
+    command = [
+        "-m",
+        "train.evaluate",
+        TINY,
+        *small,
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        str(output),
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((output / "results.json").read_text())
+    base, after = results["rows"]
+    assert (base["model"], after["model"]) == ("base", "run-checkpoint-1")
+    assert set(base["metrics"]) == {
+        "ocr", "fidelity", "alignment", "aesthetic", "ColourObedience"
+    }  # fmt: skip
+    assert "change_interval" in after["metrics"]["ocr"]
+    assert all((output / path).is_file() for path in after["images"])
+    page = (output / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 6 and "<svg" in page
+    assert 'src="http' not in page and "href=" not in page.replace('xlink:href="#', "")
+    again = run(*command)
+    assert again.returncode == 2 and "holds a report already" in again.stderr
+
+
+WRONG = {
+    "unknown key": (["-m", "train", TINY, "optim.lr=1"], "unknown key 'optim.lr'"),
+    "wrong type": (["-m", "train", TINY, "seed=x"], "seed = 'x' must be of type int"),
+    "missing config": (["-m", "train", "gone.yaml"], "cannot be read"),
+    "missing model": (["-m", "train", TINY, "model.path=gone/model"], "no such folder"),
+    "odd size": (["-m", "train", TINY, "sampling.width=100"], "a multiple of 32"),
+    "empty prompts": (["-m", "train", TINY, "data.train={tmp}/empty.jsonl"], "is empty"),
+    "bad line": (["-m", "train", TINY, "data.train={tmp}/bad.jsonl"], "bad.jsonl:2 is not JSON"),
+    "reward raises": (["-m", "train", TINY, "rewards=[{{name: tests.bad_rewards.raises}}]"], "raised ZeroDivisionError"),
+    "reward miscounts": (["-m", "train", TINY, "rewards=[{{name: tests.bad_rewards.miscounts}}]"], "answered 1 scores for"),
+    "reward is infinite": (["-m", "train", TINY, "rewards=[{{name: tests.bad_rewards.infinite}}]"], "answered inf"),
+    "generate size": (["-m", "inference.generate", "--model", str(MODEL), "--prompt", CARD, "--height", "50"], "a multiple of 32"),
+    "generate nothing": (["-m", "inference.generate", "--model", str(MODEL)], "give --prompt"),
+    "generate adapter": (["-m", "inference.generate", "--model", str(MODEL), "--prompt", CARD, "--adapter", "gone"], "missing or damaged"),
+    "evaluate adapter": (["-m", "train.evaluate", TINY, "--checkpoint", "gone", "--output", "{tmp}/report"], "missing or damaged"),
+    "unknown command": (["-m", "launch.cli", "trian"], "choose one of train, generate, evaluate"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Every wrong command, two at a time: each pays for its own imports."""
+    tmp = tmp_path_factory.mktemp("wrong")
+    (tmp / "empty.jsonl").write_text("\n")
+    (tmp / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    quick = [
+        "rollout.prompts_per_step=1", "rollout.num_generations=2", "sampling.num_inference_steps=6",
+        "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
+    ]  # fmt: skip
+
+    def attempt(name: str) -> subprocess.CompletedProcess:
+        arguments = [a.format(tmp=tmp) for a in WRONG[name][0]]
+        if arguments[1] == "train":
+            arguments += [*quick, f"output_dir={tmp}/{name.replace(' ', '-')}"]
+        return run(*arguments)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(WRONG, pool.map(attempt, WRONG), strict=True))
+    assert not list(tmp.rglob("checkpoint-*"))
+    return done
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_clear_line_and_status_2(outcomes, name):
+    done = outcomes[name]
+    errors = [line for line in done.stderr.splitlines() if "duet: error:" in line]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1 and WRONG[name][1] in errors[0]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,111 @@
+"""The tiny world and model: what is held out stays out, and the folder is what it claims."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    GlmImagePipeline,
+    GlmImageTransformer2DModel,
+)
+from transformers import (
+    ByT5Tokenizer,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
+    T5EncoderModel,
+)
+
+from configs.quotes import quoted_spans
+from configs.rows import load_rows
+from configs.schema import EvalConfig
+from rewards.base import RewardInput
+from rewards.ocr import Ocr
+from tests.conftest import MODEL, ROOT
+from train.evaluation import bootstrap_interval
+from train.tiny import decoder_pretraining, world
+from train.tiny.parts import size_mib
+from train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
+
+PROMPTS = ROOT / "configs/tiny/prompts"
+
+
+def named_pairs(caption: str) -> set[tuple[str, str]]:
+    """(background, shape colour) pairs that the words of a caption tell."""
+    words = caption.split('"')[0].replace(",", "").split()
+    background = words[1] if words[2] == "card" else None
+    shapes = [
+        a
+        for a, b in zip(words, words[1:], strict=False)
+        if b in world.SHAPES and a in world.PALETTE
+    ]
+    return {(background, s) for s in shapes if background}
+
+
+def test_the_stock_pipeline_opens_the_folder():
+    pipeline = GlmImagePipeline.from_pretrained(MODEL)
+    kinds = {
+        "tokenizer": ByT5Tokenizer,
+        "processor": GlmImageProcessor,
+        "text_encoder": T5EncoderModel,
+        "vision_language_encoder": GlmImageForConditionalGeneration,
+        "vae": AutoencoderKL,
+        "transformer": GlmImageTransformer2DModel,
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+    }
+    assert {k: type(v) for k, v in pipeline.components.items()} == kinds
+    assert pipeline.vae.config.latent_channels == 16 and pipeline.vae_scale_factor == 8
+
+
+def test_model_and_reward_models_take_at_most_16_mib():
+    assert size_mib(MODEL) + size_mib(ROOT / "configs/tiny/judges") <= 16
+
+
+def test_held_out_words_and_pairs_never_occur_in_a_training_prompt():
+    rng = random.Random(1)
+    captions = [r["prompt"] for r in load_rows(PROMPTS / "train.jsonl")]
+    captions += [
+        training_caption(sample_card(rng, any_pair=True), rng, noise=0.35) for _ in range(5000)
+    ]
+    words = {quoted_spans(c)[0] for c in captions}
+    words |= {decoder_pretraining._misspelt(w, rng) for w in sorted(words)}
+    pairs = set().union(*(named_pairs(c) for c in captions))
+    assert not any(world.is_held_out_word(w) for w in words)
+    assert len(pairs) > 15 and not any(world.is_held_out_pair(*p) for p in pairs)
+    evaluation = load_rows(PROMPTS / "eval.jsonl")
+    for row in evaluation:
+        told = named_pairs(row["prompt"])
+        assert row["text"] not in words and told and not told & pairs
+
+
+def test_prompt_files_show_what_they_say(rows):
+    ocr = Ocr(limit_side_len=192, enlarge_to=192, threads=2)
+    from PIL import Image
+
+    items = [RewardInput(Image.open(r["image"]), r["prompt"], r) for r in rows[:24]]
+    assert np.mean(ocr(items)) > 0.99
+    assert all(colour_obedience(i.image, Card.from_row(i.row["card"])) == 1 for i in items)
+
+
+def test_colour_obedience_counts_background_and_shapes():
+    shape = Shape("triangle", "green", "on the right")
+    card = Card("red", (shape,), "white", "CAT")
+    picture = draw(card)
+    assert colour_obedience(picture, card) == 1
+    assert colour_obedience(picture, Card("blue", (shape,), "white", "CAT")) == 0.5
+    other = Shape("triangle", "teal", "on the right")
+    assert colour_obedience(picture, Card("blue", (other,), "white", "CAT")) == 0
+
+
+def test_rows_round_trip():
+    card = sample_card(random.Random(2))
+    assert Card.from_row(json.loads(json.dumps(card.to_row()))) == card
+
+
+def test_bootstrap_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(2, 1, 400)
+    low, high = bootstrap_interval([*values, float("nan")], EvalConfig())
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)

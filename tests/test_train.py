@@ -1,0 +1,300 @@
+"""Training: isolation, the gate, resuming, two processes, and what is written."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from configs.errors import UserError
+from configs.schema import SamplingConfig, SdeConfig
+from inference import decoder, flow
+from inference import engine as engine_module
+from inference.engine import Engine
+from inference.model import add_adapter, load_pipeline, module_of
+from tests.conftest import MODEL, ROOT, SAMPLING
+from train import gate
+from train.checkpoint import complete_checkpoints
+from train.loop import train
+from train.prompts import draw_groups, shard
+from train.stages import STAGES
+
+STAGE_NAMES = ["ar", "decoder"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(next((run / f"checkpoint-{step}" / "adapter").glob("*.safetensors")))
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollout_of(stage: str, engine: Engine, config, rows):
+    groups = draw_groups(rows, 3, 0, 2, 3)
+    made = STAGES[stage](engine, config)
+    return made, made.rollout(groups, 0)
+
+
+def spread(images) -> int:
+    first = np.asarray(images[0], dtype=int)
+    return max(int(np.abs(np.asarray(i, dtype=int) - first).max()) for i in images[1:])
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("reference_images", [True, False])
+def test_only_the_policy_makes_a_group_differ(pipeline, rows, small_run, stage, reference_images):
+    """With a policy that cannot vary, all images of a group are equal; else they are not."""
+    rows = rows if reference_images else [{"prompt": r["prompt"]} for r in rows]
+    still = {
+        "ar": (replace(SAMPLING, temperature=0.0), SdeConfig()),
+        "decoder": (SAMPLING, SdeConfig(noise_level=0.0)),
+    }
+    engine = Engine(pipeline, *still[stage], progress=False)
+    _, rollouts = rollout_of(stage, engine, small_run(stage), rows)
+    assert [spread(r.images) for r in rollouts] == [0, 0]
+    engine = Engine(pipeline, SAMPLING, SdeConfig(noise_level=0.8), progress=False)
+    _, rollouts = rollout_of(stage, engine, small_run(stage), rows)
+    assert min(spread(r.images) for r in rollouts) > 0
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_ratio_is_one_before_the_first_update(pipeline, rows, small_run, stage):
+    config = small_run(stage)
+    engine = Engine(pipeline, config.sampling, config.sde, progress=False)
+    made, rollouts = rollout_of(stage, engine, config, rows)
+    assert gate.check_ratio(made, rollouts, None, "float32") < made.tolerance_nats
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_the_gate_refuses_a_ratio_off_one(pipeline, rows, small_run, stage):
+    config = small_run(stage)
+    engine = Engine(pipeline, config.sampling, config.sde, progress=False)
+    made, rollouts = rollout_of(stage, engine, config, rows)
+    trajectory = rollouts[1].token_trajectory if stage == "ar" else rollouts[1].latent_trajectory
+    trajectory.logprobs[2, 1] += 0.01
+    with pytest.raises(UserError, match="refuses to start: the ratio is not 1"):
+        gate.check_ratio(made, rollouts, None, "float32")
+    trajectory.logprobs[2, 1] = torch.nan
+    with pytest.raises(UserError, match="the ratio is not 1"):
+        gate.check_ratio(made, rollouts, None, "float32")
+
+
+def test_the_gate_refuses_an_unshifted_schedule(engine, monkeypatch):
+    def unshifted(steps, tokens, config):
+        made = flow.make_schedule(steps, tokens, config)
+        return flow.Schedule(made.timesteps, torch.cat([made.timesteps / 1000, torch.zeros(1)]))
+
+    gate.check_schedule(engine, 64, 96)
+    monkeypatch.setattr(engine_module, "make_schedule", unshifted)
+    with pytest.raises(UserError, match="refuses to start: the schedule's sigmas"):
+        gate.check_schedule(engine, 64, 96)
+
+
+def test_the_gate_refuses_an_engine_that_is_not_the_reference(engine, monkeypatch):
+    true_velocity = decoder.velocity
+    gate.check_reference(engine, 'a red card with "CAT"', 64, 96, "float32")
+    monkeypatch.setattr(decoder, "velocity", lambda d, x, t, g: true_velocity(d, x, t + 1, g))
+    with pytest.raises(UserError, match="refuses to start: the engine's picture differs"):
+        gate.check_reference(engine, 'a red card with "CAT"', 64, 96, "float32")
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_only_the_adapter_of_the_trained_module_learns(stage):
+    pipeline = load_pipeline(str(MODEL))
+    add_adapter(module_of(pipeline, stage), stage, 4, 8.0)
+    for name in ("vision_language_encoder", "transformer", "vae", "text_encoder"):
+        learning = [n for n, p in getattr(pipeline, name).named_parameters() if p.requires_grad]
+        assert all("lora_" in n and "visual" not in n for n in learning)
+        assert bool(learning) == (getattr(pipeline, name) is module_of(pipeline, stage))
+
+
+def test_groups_are_a_function_of_seed_and_step():
+    rows = [{"prompt": str(i)} for i in range(5)]
+    walked = [g for step in range(5) for g in draw_groups(rows, 1, step, 2, 3)]
+    assert [g.id for g in walked] == list(range(10))
+    assert sorted(g.row["prompt"] for g in walked[:5]) == list("01234")  # every row once an epoch
+    assert len({s for g in walked for s in g.seeds}) == 30
+    assert draw_groups(rows, 1, 3, 2, 3) == walked[6:8] != draw_groups(rows, 2, 3, 2, 3)
+    assert sorted(g.id for r in range(2) for g in shard(walked, r, 2)) == list(range(10))
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_a_resumed_run_ends_in_the_very_same_weights(small_run, stage, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ["grpo.beta=0.01", "optim.warmup_steps=4", "train.max_steps=3"]
+    train(small_run(stage, *common, f"output_dir={whole}"))
+    AcceleratorState._reset_state(True)
+    train(small_run(stage, *common, f"output_dir={parts}", "train.max_steps=2"))
+    # a crash while writing leaves a partial folder, and a whole one of no name
+    (parts / ".checkpoint-9.partial").mkdir()
+    (parts / "checkpoint-7").mkdir()
+    AcceleratorState._reset_state(True)
+    train(small_run(stage, *common, f"output_dir={parts}", "train.resume=latest"))
+    expected, reached, before = weights(whole, 3), weights(parts, 3), weights(parts, 2)
+    assert expected.keys() == reached.keys()
+    assert all(torch.equal(expected[k], reached[k]) for k in expected)
+    assert any(not torch.equal(before[k], reached[k]) for k in reached), "the last step must learn"
+    assert [m["step"] for m in metrics(parts)] == [1, 2, 3]
+    assert metrics(parts)[2]["reward"] == metrics(whole)[2]["reward"]
+
+
+def test_what_a_step_writes(small_run, tmp_path):
+    train(small_run("ar", "grpo.beta=0.01", "train.trackers=[tensorboard]"))
+    run = tmp_path / "run"
+    first, second = metrics(run)
+    assert {
+        "reward",
+        "reward_std",
+        "rewards/alignment/mean",
+        "rewards/aesthetic/mean",
+        "kl",
+        "entropy",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "frac_reward_zero_std",
+        "ratio/mean",
+        "ratio/min",
+        "ratio/max",
+        "rollout/seconds",
+        "reward/seconds",
+        "update/seconds",
+        "rollout/samples_per_second",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+    } <= first.keys()
+    assert first["ratio/mean"] == pytest.approx(1, abs=1e-5)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 0
+    assert (run / "images" / "step-1.png").is_file()
+    assert list(run.rglob("events.out.tfevents*"))
+    checkpoint = complete_checkpoints(run)[-1]
+    assert {p.name for p in checkpoint.iterdir()} == {"adapter", "state", "trainer_state.json"}
+    state = {p.name for p in (checkpoint / "state").iterdir()}
+    assert state == {"optimizer.bin", "scheduler.bin", "random_states_0.pkl"}, "no frozen base"
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_stock_libraries_load_the_adapter(small_run, stage, tmp_path):
+    """The checkpoint's adapter gives the trained picture through transformers' and diffusers' own calls."""
+    train(small_run(stage, "train.max_steps=1", "optim.learning_rate=0.01"))
+    folder = str(tmp_path / "run" / "checkpoint-1" / "adapter")
+    stock = load_pipeline(str(MODEL))
+    if stage == "ar":
+        stock.vision_language_encoder.load_adapter(folder)
+    else:
+        stock.transformer.load_lora_adapter(
+            folder, prefix=None, weight_name="pytorch_lora_weights.safetensors"
+        )
+    from inference.model import load_adapter
+    from inference.rollout import Request
+
+    ours, base = load_pipeline(str(MODEL)), load_pipeline(str(MODEL))
+    assert load_adapter(ours, tmp_path / "run" / "checkpoint-1") == stage
+    asked = [Request('a red card with the white word "CAT"', (1, 2), 64, 96)]
+    sampling = SamplingConfig(64, 96, num_inference_steps=4)
+    pictures = [
+        np.stack(
+            [
+                np.asarray(i, dtype=int)
+                for i in Engine(p, sampling, progress=False).generate(asked)[0].images
+            ]
+        )
+        for p in (stock, ours, base)
+    ]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[1], pictures[2]), "the adapter must change the picture"
+
+
+def test_two_processes_give_the_update_of_one(small_run, tmp_path):
+    """gloo; the same groups are drawn, so one Adam step ends in the same weights."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(small_run("decoder", "train.max_steps=1", f"output_dir={one}"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611",
+        "-m", "train", "configs/tiny/decoder.yaml", f"output_dir={two}", "rollout.prompts_per_step=2",
+        "rollout.num_generations=4", "optim.per_device_train_batch_size=4",
+        "optim.gradient_accumulation_steps=1", "sampling.num_inference_steps=6", "train.trackers=[]",
+        "train.max_steps=1",
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    state = json.loads((two / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["num_processes"] == 2
+    single, double = weights(one, 1), weights(two, 1)
+    learning_rate = 3e-4
+    moved = max(float(v.abs().max()) for k, v in single.items() if "lora_B" in k)
+    assert moved == pytest.approx(learning_rate, rel=0.05)  # Adam's first step
+    for name, value in single.items():
+        assert torch.allclose(value, double[name], atol=0.02 * learning_rate), name
+    for key in ("reward", "rewards/ocr/mean", "ratio/mean", "loss"):
+        assert metrics(one)[0][key] == pytest.approx(metrics(two)[0][key], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.per_device_train_batch_size=3", "do not divide into updates"),
+        ("lora.target_modules=[nothing]", "fits no layer"),
+        ("train.resume=gone/checkpoint-3", "is no complete checkpoint"),
+        ("model.path=configs/tiny/gone", "no such folder"),
+        ("model.path=configs/tiny", "has no model_index.json"),
+        ("data.train=gone.jsonl", "cannot be read"),
+        ("train.trackers=[wandb]", "pip install 'duet\\[wandb\\]'"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(small_run, override, message, tmp_path, monkeypatch):
+    if "wandb" in override:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        train(small_run("decoder", override))
+    assert not complete_checkpoints(tmp_path / "run")
+
+
+def test_a_second_run_does_not_write_over_the_first(small_run, tmp_path):
+    train(small_run("decoder", "train.max_steps=1"))
+    written = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="holds checkpoint-1 already"):
+        train(small_run("decoder"))
+    with pytest.raises(UserError, match="of stage 'decoder', the config of 'ar'"):
+        train(small_run("ar", "train.resume=latest"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == written
+
+
+def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):
+    checkpoint = train(small_run("decoder", "train.max_steps=1"))
+    (checkpoint / "state" / "optimizer.bin").write_bytes(b"PK cut short")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="checkpoint .* is damaged"):
+        train(small_run("decoder", "train.resume=latest"))
+    next((checkpoint / "adapter").glob("*.safetensors")).write_bytes(b"no")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="missing or damaged"):
+        train(small_run("decoder", "train.resume=latest"))
+
+
+def test_wandb_without_a_login_goes_offline(small_run, monkeypatch):
+    from train.metrics import prepare_trackers
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    prepare_trackers(small_run("ar", "train.trackers=[wandb]"))
+    assert os.environ["WANDB_MODE"] == "offline"
+    monkeypatch.delenv("WANDB_MODE")
