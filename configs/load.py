@@ -20,6 +20,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError for a missing file, broken YAML, an unknown key, a wrong type
     or a value out of range.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        _apply(tree, override)
+    return build(RunConfig, tree, "")
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises UserError for a missing file, broken YAML, and for anything but a mapping.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -28,9 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"config {str(path)!r} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"config {str(path)!r} holds no mapping: begin with `stage: ar`")
-    for override in overrides:
-        _apply(tree, override)
-    return build(RunConfig, tree, "")
+    return tree
 
 
 def _apply(tree: dict, override: str) -> None:

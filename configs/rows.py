@@ -6,9 +6,13 @@ from typing import Any
 
 from configs.errors import UserError
 
+PICTURES = ("image", "source")  # keys of a row that name picture files
+
 
 def load_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; `prompt` is required, a relative `image` is made absolute.
+    """Rows of a JSONL file; `prompt` is required, a relative picture path is made absolute.
+
+    Pictures: `image`, the reference of the fidelity reward, and `source`, what an edit starts from.
 
     Raises UserError for a missing or empty file, and for a bad line by its number.
     """
@@ -32,9 +36,10 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{where} needs a non-empty "prompt": {line.strip()[:80]}')
-    if row.get("image"):
-        image = path.parent / row["image"]
-        if not image.is_file():
-            raise UserError(f"{where}: image {str(image)!r} does not exist")
-        row["image"] = str(image)
+    for key in PICTURES:
+        if row.get(key):
+            picture = path.parent / row[key]
+            if not picture.is_file():
+                raise UserError(f"{where}: {key} {str(picture)!r} does not exist")
+            row[key] = str(picture)
     return row

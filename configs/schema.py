@@ -137,6 +137,14 @@ class RewardConfig:
     name: str  # a built-in name, an entry point's name, or package.module.Class
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
+    view: Literal["full", "low", "high"] = "full"  # whole, an eighth of its sides, four crops
+    label: str = ""  # what metrics call it; needed to have one reward twice
+
+    @property
+    def metric_name(self) -> str:
+        """`package.module.Sharp` is `Sharp`; another view than `full` is told."""
+        short = self.name.rpartition(".")[2]
+        return self.label or (short if self.view == "full" else f"{short}_{self.view}")
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,15 @@ class TrainConfig:
     save_steps: int = 50
     logging_images_steps: int = 10  # a grid of the rollout's images this often
     resume: str | None = None  # "latest" or a checkpoint folder
+    max_not_scored: float = 0.5  # a step in which a reward leaves out a larger share ends the run
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "save_steps", "logging_images_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
+        share = self.max_not_scored
+        _require(0 <= share <= 1, "train.max_not_scored", share, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,23 @@ class EvalConfig:
         for name in ("images_per_prompt", "bootstrap_samples"):
             _require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), ">= 1")
         _require(0 < self.confidence < 1, "eval.confidence", self.confidence, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Rewards that are measured on every rollout and never trained on."""
+
+    rewards: tuple[RewardConfig, ...] = ()
+    window: int = 5  # the means of the first and the last steps are compared
+    drop: float = 0.05  # share of its first mean that a watched reward may lose
+    stop: bool = False  # end the run with a checkpoint when the alarm rings
+
+    def __post_init__(self) -> None:
+        _require(self.window >= 1, "watch.window", self.window, ">= 1")
+        _require(self.drop > 0, "watch.drop", self.drop, "> 0")
+        names = [r.metric_name for r in self.rewards]
+        _require(len(set(names)) == len(names), "watch.rewards", names, "every name once")
+        _require(bool(names) or not self.stop, "watch.stop", True, "false without watch.rewards")
 
 
 @dataclass(frozen=True)
@@ -182,11 +210,12 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
 
     def __post_init__(self) -> None:
         _require(len(self.rewards) > 0, "rewards", [], "at least one reward")
-        names = [r.name for r in self.rewards]
-        _require(len(set(names)) == len(names), "rewards", names, "every name once")
+        names = [r.metric_name for r in self.rewards]
+        _require(len(set(names)) == len(names), "rewards", names, "every name once: give a label")
         if self.stage == "ar":
             temperature = self.sampling.temperature
             _require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")

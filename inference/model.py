@@ -1,6 +1,7 @@
 """The parts of a GLM-Image checkpoint and the adapters on them."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ TARGET_MODULES = {
 _COMPONENT = {"ar": "vision_language_encoder", "decoder": "transformer"}
 _DIT_WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER_INFO = "duet_adapter.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -36,16 +38,16 @@ def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> Gl
     Raises UserError when there is no such model.
     """
     folder = Path(path)
-    # a hub id is owner/name; anything else, or a path whose parent exists, is a folder
-    is_local = path.count("/") != 1 or folder.parent.is_dir()
-    if not folder.is_dir() and is_local:
-        raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"model.path = {path!r} has no model_index.json: not a GLM-Image folder")
+    if not folder.is_dir() and not _HUB_ID.fullmatch(path):
+        raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
     try:
         pipeline = GlmImagePipeline.from_pretrained(path, dtype=getattr(torch, dtype))
     except OSError as error:
-        raise UserError(f"model.path = {path!r} cannot be loaded: {error}") from error
+        found = "" if folder.is_dir() else "no such folder, and as a hub id it "
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path = {path!r}: {found}cannot be loaded: {reason}") from error
     for name in ("vision_language_encoder", "transformer", "vae", "text_encoder"):
         getattr(pipeline, name).requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)

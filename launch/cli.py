@@ -1,4 +1,4 @@
-"""`duet train | generate | evaluate`: the modules' commands by a shorter name."""
+"""`duet train | generate | evaluate | rewards`: the modules' commands by a shorter name."""
 
 import importlib
 import sys
@@ -12,6 +12,7 @@ _COMMANDS = {
     ),
     "generate": ("inference.generate", "pictures from prompts"),
     "evaluate": ("train.evaluate", "held-out prompts, every reward, a report"),
+    "rewards": ("launch.rewards", "list rewards, score pictures, serve other processes"),
 }
 
 

@@ -3,49 +3,50 @@
 https://github.com/christophschuhmann/improved-aesthetic-predictor
 """
 
+import pickle
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from configs.errors import UserError
 from rewards.base import RewardInput
-from rewards.clip import load_clip
+from rewards.clip import ClipReward
 
 
-class Aesthetic:
-    """The predictor's mark, about 1 to 10, divided by 10."""
+class Aesthetic(ClipReward):
+    """LAION's aesthetic mark of the picture, about 1 to 10, divided by 10."""
 
-    def __init__(
-        self,
-        head: str,
-        model: str = "ViT-L-14",
-        pretrained: str | None = "openai",
-        device: str = "auto",
-    ) -> None:
-        """`head`: the MLP's weights, .safetensors or LAION's .pth."""
-        self.clip = load_clip(model, pretrained, device)
-        self.head = load_head(head).to(self.clip.device)
+    def __init__(self, head: str, **clip: Any) -> None:
+        """`head`: the MLP's weights, .safetensors or LAION's .pth (for ViT-L-14, openai)."""
+        super().__init__(**clip)
+        self.path = head
+
+    @cached_property
+    def head(self) -> nn.Sequential:
+        return load_head(self.path).to(self.clip.tower.device)
+
+    def load(self) -> None:
+        _ = self.head
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        marks = self.head(self.clip.embed_images([i.image for i in inputs]))
+        head = self.head  # a missing head is told before the tower is read
+        marks = head(self.clip.embed_images([i.image for i in inputs]))
         return (marks[:, 0] / 10).tolist()
 
 
 def load_head(path: str) -> nn.Sequential:
-    """The MLP (linear layers; dropout is idle here) with the widths its weights have.
+    """The MLP (linear layers; dropout is idle here) with the widths its weights have, float32.
 
     Raises UserError for a missing file or one that holds no such MLP.
     """
-    if not Path(path).is_file():
-        raise UserError(f"aesthetic head {path!r}: no such file")
-    if path.endswith(".safetensors"):
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read_state(path)
     indices = sorted(int(k.split(".")[1]) for k in state if k.endswith(".weight"))
     if not indices or any(not k.startswith("layers.") for k in state):
         raise UserError(f"aesthetic head {path!r} has no keys layers.N.weight: not LAION's form")
@@ -56,3 +57,14 @@ def load_head(path: str) -> nn.Sequential:
         layer.load_state_dict({"weight": weight, "bias": state[f"layers.{i}.bias"]})
         layers.append(layer)
     return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+def _read_state(path: str) -> dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise UserError(f"aesthetic head {path!r}: no such file")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"aesthetic head {path!r} cannot be read: {error}") from error

@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 
 from rewards.base import RewardInput
-from rewards.clip import load_clip
+from rewards.clip import ClipReward
 
 
-class Alignment:
+class Alignment(ClipReward):
     """Cosine of image and prompt embeddings, in [-1, 1]."""
-
-    def __init__(
-        self, model: str = "ViT-L-14", pretrained: str | None = "openai", device: str = "auto"
-    ) -> None:
-        self.clip = load_clip(model, pretrained, device)
 
     def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
         images = self.clip.embed_images([i.image for i in inputs])

@@ -6,13 +6,18 @@ class Brightness:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 from PIL import Image
 
 from configs.errors import UserError
+
+
+def _whole(image: Image.Image) -> Image.Image:
+    return image
 
 
 @dataclass(frozen=True)
@@ -22,20 +27,50 @@ class RewardInput:
     image: Image.Image
     prompt: str
     row: Mapping[str, Any]
+    look: Callable[[Image.Image], Image.Image] = _whole  # how the view shows a picture
+    size: tuple[int, int] | None = None  # width and height in pixels before the view
+
+    def picture(self, key: str) -> Image.Image | None:
+        """The row's picture of that key (`image`, `source`), brought to this image's size and view.
+
+        None where the row has none.
+        """
+        path = self.row.get(key)
+        if not path:
+            return None
+        with Image.open(path) as opened:
+            whole = opened.convert("RGB").resize(self.size or self.image.size)
+        return self.look(whole)
 
 
 class Reward(Protocol):
-    """Scores a batch. NaN means: this sample could not be scored (never 0 for that)."""
+    """Scores a batch. NaN means: this sample could not be scored (never 0 for that).
+
+    Two things are optional. `load()` reads weights: the constructor stays cheap, and a
+    run calls it before the first rollout. `whole_groups = True` asks to be called with
+    exactly the samples of one prompt, to compare them with each other.
+    """
 
     def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[float]: ...
 
 
-def score(reward: Reward, name: str, inputs: Sequence[RewardInput]) -> list[float]:
+def score(
+    reward: Reward, name: str, inputs: Sequence[RewardInput], group_sizes: Sequence[int]
+) -> list[float]:
     """Call a reward and check its answer: float or NaN, one a sample.
 
+    `group_sizes`: how many consecutive samples belong to each prompt.
     Raises UserError when the reward raises, answers for the wrong count, or with
     something that is no float or infinite.
     """
+    assert sum(group_sizes) == len(inputs)
+    if not getattr(reward, "whole_groups", False):
+        return _score_batch(reward, name, inputs)
+    ends = [sum(group_sizes[:i]) for i in range(len(group_sizes) + 1)]
+    return [s for a, b in pairwise(ends) for s in _score_batch(reward, name, inputs[a:b])]
+
+
+def _score_batch(reward: Reward, name: str, inputs: Sequence[RewardInput]) -> list[float]:
     try:
         answer = list(reward(inputs))
     except UserError:

@@ -1,11 +1,10 @@
-"""The open_clip towers that several rewards share."""
+"""The open_clip towers that several rewards share, read when first needed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,38 +12,92 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
-class Clip:
-    model: torch.nn.Module
-    preprocess: Any
-    tokenizer: Any
-    device: torch.device
+class Tower:
+    """Weights on their device, with what prepares pictures and texts for them."""
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        return torch.stack([self.preprocess(i.convert("RGB")) for i in images]).to(self.device)
+    model: torch.nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Clip:
+    """Embeddings and features by an open_clip model; equal models share one copy."""
+
+    def __init__(
+        self,
+        model: str = "ViT-L-14",
+        pretrained: str | None = "openai",
+        device: str = "auto",
+        dtype: Dtype = "float32",
+        batch_size: int = 32,
+    ) -> None:
+        """`model`: an open_clip name, `hf-hub:ID` or `local-dir:FOLDER`.
+
+        `pretrained`: a tag or a weights file; null with `hf-hub:` and `local-dir:`.
+        """
+        self.model, self.pretrained = model, pretrained
+        self.device, self.dtype = picked_device(device), picked_dtype(dtype)
+        self.batch_size = checked_batch_size(batch_size)
+
+    @property
+    def tower(self) -> Tower:
+        return _read(self.model, self.pretrained, self.device, self.dtype)
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """L2-normalised embeddings [B, D], float32."""
-        return F.normalize(self.model.encode_image(self.pixels(images)).float(), dim=-1)
+        return self._embed(self.tower.model.encode_image, self.pixels, images)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised embeddings [B, D], float32."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
-        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+        return self._embed(self.tower.model.encode_text, self._tokens, texts)
+
+    @torch.no_grad()
+    def stages(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Channel-normalised features [B, C, H, W] of every stage of the image tower, float32."""
+        output = self.tower.model.visual.forward_intermediates(
+            self.pixels(images), intermediates_only=True, output_fmt="NCHW"
+        )
+        return [F.normalize(f.float(), dim=1) for f in output["image_intermediates"]]
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """[B, 3, S, S] as the tower wants them."""
+        tower = self.tower
+        pixels = torch.stack([tower.preprocess(i.convert("RGB")) for i in images])
+        return pixels.to(tower.device, tower.dtype)
+
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        return self.tower.tokenizer(list(texts)).to(self.tower.device)
+
+    def _embed(self, encode: Callable, prepare: Callable, items: Sequence) -> Tensor:
+        parts = [encode(prepare(part)).float() for part in batches(items, self.batch_size)]
+        return F.normalize(torch.cat(parts), dim=-1)
+
+
+class ClipReward:
+    """What every reward on an open_clip model has: `Clip`'s arguments, and weights read by load."""
+
+    def __init__(self, **clip: Any) -> None:
+        self.clip = Clip(**clip)
+
+    def load(self) -> None:
+        _ = self.clip.tower
 
 
 @cache
-def load_clip(model: str, pretrained: str | None, device: str) -> Clip:
-    """`model`: an open_clip name or `local-dir:FOLDER`; `pretrained`: a tag or a path.
+def _read(model: str, pretrained: str | None, device: torch.device, dtype: torch.dtype) -> Tower:
+    """Raises UserError when open_clip knows no such model or weights."""
+    if not pretrained and ":" not in model:
+        raise UserError(f"open_clip model {model!r} needs pretrained: a tag or a weights file")
+    import open_clip  # seconds: only for those who use it
 
-    Raises UserError when open_clip knows no such model or weights.
-    """
-    picked = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
     try:
         clip, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(model)
@@ -52,4 +105,40 @@ def load_clip(model: str, pretrained: str | None, device: str) -> Clip:
         raise UserError(
             f"open_clip model {model!r} with pretrained {pretrained!r} cannot be loaded: {error}"
         ) from error
-    return Clip(clip.eval().requires_grad_(False).to(picked), preprocess, tokenizer, picked)
+    clip = clip.eval().requires_grad_(False).to(device, dtype)
+    return Tower(clip, preprocess, tokenizer, device, dtype)
+
+
+def picked_device(name: str) -> torch.device:
+    """`auto` is the current GPU, or the CPU where there is none.
+
+    Raises UserError for what is no device, and for a GPU where torch sees none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: torch sees no GPU here: use auto or cpu")
+    return device
+
+
+def picked_dtype(name: Dtype) -> torch.dtype:
+    """Raises UserError for one that is not offered."""
+    if name not in get_args(Dtype):
+        raise UserError(f"dtype {name!r}: allowed are {', '.join(get_args(Dtype))}")
+    return getattr(torch, name)
+
+
+def checked_batch_size(size: int) -> int:
+    """Raises UserError for one below 1."""
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"batch_size {size!r}: give a whole number >= 1")
+    return size
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Consecutive parts of at most `size` items."""
+    return (items[i : i + size] for i in range(0, len(items), size))

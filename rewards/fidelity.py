@@ -6,40 +6,30 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, sobel, uniform_filter
-from torch.nn import functional as F
 
 from rewards.base import RewardInput
-from rewards.clip import Clip, load_clip
+from rewards.clip import Clip, ClipReward, batches
 
 # scikit-image's and libjpeg's grey weights (ITU-R BT.601)
 _GREY = np.array([0.299, 0.587, 0.114])
 
 
-class Fidelity:
-    """Where the row has a reference `image`: 1 - LPIPS-form distance to it.
+class Fidelity(ClipReward):
+    """1 - LPIPS-form distance to the row's `image`; without one, `quality` in [0, 1].
 
-    Where it has none: `quality`, in [0, 1].
+    1 for the reference itself; what shares nothing with it falls below 0.
     """
 
-    def __init__(
-        self, model: str = "ViT-L-14", pretrained: str | None = "openai", device: str = "auto"
-    ) -> None:
-        self.clip = load_clip(model, pretrained, device)
-
     def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        scores = [float("nan")] * len(inputs)
-        paired = [i for i, item in enumerate(inputs) if item.row.get("image")]
-        if paired:
-            references = [Image.open(inputs[i].row["image"]) for i in paired]
-            distances = feature_distance(self.clip, [inputs[i].image for i in paired], references)
-            for i, distance in zip(paired, distances, strict=True):
-                scores[i] = 1 - distance
-        for i in set(range(len(inputs))) - set(paired):
-            scores[i] = quality(inputs[i].image)
-        return scores
+        references = [item.picture("image") for item in inputs]
+        paired = [i for i, reference in enumerate(references) if reference]
+        distances = feature_distance(
+            self.clip, [inputs[i].image for i in paired], [references[i] for i in paired]
+        )
+        scores = {i: 1 - d for i, d in zip(paired, distances, strict=True)}
+        return [scores[i] if i in scores else quality(x.image) for i, x in enumerate(inputs)]
 
 
-@torch.no_grad()
 def feature_distance(
     clip: Clip, images: Sequence[Image.Image], references: Sequence[Image.Image]
 ) -> list[float]:
@@ -48,20 +38,13 @@ def feature_distance(
     Channel-normalised features of every stage, squared difference summed over
     channels, averaged over places, then over stages.
     """
-    references = [r.convert("RGB").resize(i.size) for r, i in zip(references, images, strict=True)]
-    stages = zip(_features(clip, images), _features(clip, references), strict=True)
-    distances = [
-        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
-        for a, b in stages
-    ]
-    return torch.stack(distances).mean(0).tolist()
-
-
-def _features(clip: Clip, images: Sequence[Image.Image]) -> list[torch.Tensor]:
-    output = clip.model.visual.forward_intermediates(
-        clip.pixels(images), intermediates_only=True, output_fmt="NCHW"
-    )
-    return [f.float() for f in output["image_intermediates"]]
+    pairs = list(zip(images, references, strict=True))
+    distances = []
+    for part in batches(pairs, clip.batch_size):
+        ours, theirs = (clip.stages(side) for side in zip(*part, strict=True))
+        stages = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(ours, theirs, strict=True)]
+        distances += torch.stack(stages).mean(0).tolist()
+    return distances
 
 
 def quality(image: Image.Image) -> float:

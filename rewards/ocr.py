@@ -3,16 +3,19 @@
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import permutations
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
-from rapidocr import RapidOCR
 
+from configs.errors import UserError
 from configs.quotes import quoted_spans
 from rewards.base import RewardInput
+from rewards.ocr_reader import DET_SIZES, ENGINES, Reader, open_reader
 
 _ALL_ORDERS = 5  # up to this many spans every order is tried
 
@@ -31,38 +34,48 @@ class Ocr:
         enlarge_to: int = 0,
         ignore_case: bool = True,
         threads: int = 1,
+        language: str = "ch",
+        det_size: Literal["tiny", "small", "medium"] = "small",
+        engine: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
-        """`enlarge_to`: least shorter side in pixels at which a picture is read."""
-        self.enlarge_to = enlarge_to
-        self.ignore_case = ignore_case
-        self.readers = [_reader(limit_side_len) for _ in range(threads)]
+        """`enlarge_to`: least shorter side in pixels at which a picture is read.
+
+        `language`: rapidocr's code. One model reads Chinese, Japanese and what is
+        written in Latin letters. It and the small detector come with the package;
+        rapidocr downloads any other. `threads`: readers side by side, of one CPU
+        thread each.
+        """
+        for name, value, allowed in (
+            ("det_size", det_size, DET_SIZES),
+            ("engine", engine, ENGINES),
+        ):
+            if value not in allowed:
+                raise UserError(f"ocr {name} {value!r}: allowed are {', '.join(allowed)}")
+        if threads < 1:
+            raise UserError(f"ocr threads {threads}: give a whole number >= 1")
+        self.enlarge_to, self.ignore_case, self.threads = enlarge_to, ignore_case, threads
+        self.settings = limit_side_len, language, det_size, engine
+
+    @cached_property
+    def readers(self) -> list[Reader]:
+        return [open_reader(*self.settings) for _ in range(self.threads)]
+
+    def load(self) -> None:
+        _ = self.readers
 
     def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        shares = [inputs[i :: len(self.readers)] for i in range(len(self.readers))]
-        with ThreadPoolExecutor(len(self.readers)) as pool:
+        shares = [inputs[i :: self.threads] for i in range(self.threads)]
+        with ThreadPoolExecutor(self.threads) as pool:
             done = list(pool.map(self._score_share, self.readers, shares))
-        return [done[i % len(done)][i // len(done)] for i in range(len(inputs))]
+        return [done[i % self.threads][i // self.threads] for i in range(len(inputs))]
 
-    def _score_share(self, reader: RapidOCR, inputs: Sequence[RewardInput]) -> list[float]:
+    def _score_share(self, reader: Reader, inputs: Sequence[RewardInput]) -> list[float]:
         scores = []
         for item in inputs:
             wanted = wanted_texts(item)
             found = read_texts(reader, item.image, self.enlarge_to) if wanted else []
             scores.append(text_score(wanted, found, self.ignore_case))
         return scores
-
-
-def _reader(limit_side_len: int) -> RapidOCR:
-    return RapidOCR(
-        params={
-            "Global.use_cls": False,
-            "Global.log_level": "error",
-            "Det.limit_type": "max",
-            "Det.limit_side_len": limit_side_len,
-            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-        }
-    )
 
 
 def wanted_texts(item: RewardInput) -> list[str]:
@@ -72,7 +85,7 @@ def wanted_texts(item: RewardInput) -> list[str]:
     return [text] if isinstance(text, str) else list(text)
 
 
-def read_texts(reader: RapidOCR, image: Image.Image, enlarge_to: int = 0) -> list[str]:
+def read_texts(reader: Reader, image: Image.Image, enlarge_to: int = 0) -> list[str]:
     """The lines that OCR reads, in its reading order."""
     image = image.convert("RGB")
     factor = enlarge_to / min(image.size)

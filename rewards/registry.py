@@ -7,25 +7,34 @@ from importlib.metadata import entry_points
 from configs.errors import UserError
 from configs.schema import RewardConfig
 from rewards.base import Reward
+from rewards.view import Viewed
 
 ENTRY_POINT_GROUP = "duet.rewards"
 BUILT_IN = {
     "aesthetic": "rewards.aesthetic.Aesthetic",
     "alignment": "rewards.alignment.Alignment",
+    "brisque": "rewards.brisque.Brisque",
+    "diversity": "rewards.diversity.Diversity",
     "fidelity": "rewards.fidelity.Fidelity",
+    "hpsv2": "rewards.preference.HpsV2",
+    "judge": "rewards.judge.Judge",
     "ocr": "rewards.ocr.Ocr",
+    "pickscore": "rewards.preference.PickScore",
+    "pyiqa": "rewards.metric.PyIqa",
+    "remote": "rewards.remote.Remote",
+    "source_consistency": "rewards.consistency.SourceConsistency",
 }
 
 
 def load_reward(config: RewardConfig) -> Reward:
-    """Import and build one reward.
+    """Import and build one reward, without its weights.
 
     Raises UserError for an unknown name, a path that cannot be imported, or
     arguments that the reward does not take.
     """
     factory = _find(config.name)
     try:
-        return factory(**config.args)
+        reward = factory(**config.args)
     except UserError:
         raise
     except Exception as error:  # a plug-in's constructor may raise anything
@@ -33,16 +42,28 @@ def load_reward(config: RewardConfig) -> Reward:
             f"reward {config.name!r} cannot be built with args {config.args}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    return reward if config.view == "full" else Viewed(reward, config.view)
 
 
 def load_rewards(configs: Iterable[RewardConfig]) -> dict[str, Reward]:
-    """Rewards by the last part of their names, in the config's order."""
-    return {short_name(c.name): load_reward(c) for c in configs}
+    """Rewards with their weights by the name that metrics call them, in the config's order."""
+    rewards = {}
+    for config in configs:
+        reward = rewards[config.metric_name] = load_reward(config)
+        if hasattr(reward, "load"):
+            _load(reward, config)
+    return rewards
 
 
-def short_name(name: str) -> str:
-    """What metrics call a reward: `package.module.Sharp` is `Sharp`."""
-    return name.rpartition(".")[2]
+def _load(reward: Reward, config: RewardConfig) -> None:
+    try:
+        reward.load()
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in's own reading may raise anything
+        raise UserError(
+            f"reward {config.name!r} cannot load its weights: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _find(name: str):

@@ -54,7 +54,7 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
         row["image"] = str(ROOT / "configs/tiny/prompts" / row["image"])
     data.write_text("".join(json.dumps(r) + "\n" for r in absolute))
     small = [
-        f"data.eval={data}", "sampling.num_inference_steps=4", f"output_dir={tmp_path / 'run'}",
+        f"data.eval={data}", "sampling.num_inference_steps=6", f"output_dir={tmp_path / 'run'}",
         "rollout.prompts_per_step=1", "rollout.num_generations=2", "train.trackers=[]",
         "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
         "train.max_steps=1",

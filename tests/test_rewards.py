@@ -30,8 +30,8 @@ def spoiled(image: Image.Image, kind: str, strength: float) -> Image.Image:
     return Image.open(buffer)
 
 
-def given(image, prompt=CARD.prompt, **row):
-    return RewardInput(image, prompt, row)
+def given(picture, prompt=CARD.prompt, **row):
+    return RewardInput(picture, prompt, row)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ class Constant:
 def test_a_reward_is_found_by_its_dotted_path():
     rewards = load_rewards([RewardConfig("tests.test_rewards.Constant", args={"value": 0.5})])
     assert list(rewards) == ["Constant"]
-    assert score(rewards["Constant"], "Constant", [given(draw(CARD))] * 2) == [0.5, 0.5]
+    assert score(rewards["Constant"], "Constant", [given(draw(CARD))] * 2, [2]) == [0.5, 0.5]
 
 
 def test_a_reward_is_found_by_an_installed_entry_point(tmp_path, monkeypatch):
@@ -175,13 +175,13 @@ def raising(inputs):
 )
 def test_a_bad_answer_is_refused_by_name(reward, message):
     with pytest.raises(UserError, match=message):
-        score(reward, "bad", [given(draw(CARD))] * 2)
+        score(reward, "bad", [given(draw(CARD))] * 2, [2])
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RewardConfig("nonsense"), "allowed are aesthetic, alignment, fidelity, ocr"),
+        (RewardConfig("nonsense"), "allowed are aesthetic, alignment, brisque"),
         (RewardConfig("no.such.Thing"), "cannot be imported"),
         (RewardConfig("ocr", args={"langage": "en"}), "cannot be built"),
         (
@@ -196,4 +196,4 @@ def test_a_bad_answer_is_refused_by_name(reward, message):
 )
 def test_a_reward_that_cannot_be_built_is_refused(config, message):
     with pytest.raises(UserError, match=message):
-        load_reward(config)
+        load_rewards([config])

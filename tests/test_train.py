@@ -236,7 +236,7 @@ def test_two_processes_give_the_update_of_one(small_run, tmp_path):
     state = json.loads((two / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["num_processes"] == 2
     single, double = weights(one, 1), weights(two, 1)
-    learning_rate = 3e-4
+    learning_rate = 1e-3
     moved = max(float(v.abs().max()) for k, v in single.items() if "lora_B" in k)
     assert moved == pytest.approx(learning_rate, rel=0.05)  # Adam's first step
     for name, value in single.items():

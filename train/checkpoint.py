@@ -57,8 +57,13 @@ def find_resume(config: RunConfig) -> Path | None:
 
 
 def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, policy) -> Path:
-    """Write `checkpoint-{step}` after `step` rollouts; every process must call it."""
+    """Write `checkpoint-{step}` after `step` rollouts, unless it is there whole already.
+
+    Every process must call it.
+    """
     final = Path(config.output_dir) / f"checkpoint-{step}"
+    if (final / _POSITION).is_file():
+        return final
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)

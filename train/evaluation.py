@@ -27,7 +27,7 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     differences to the base are paired.
     """
     rows = load_rows(config.data.eval)
-    names_seen = {r.name: r for r in (*config.rewards, *config.eval.rewards)}
+    names_seen = {r.metric_name: r for r in (*config.rewards, *config.eval.rewards)}
     rewards = load_rewards(names_seen.values())
     results = {"stage": config.stage, "rows": [], "prompts": [r["prompt"] for r in rows]}
     labels = ["base", *(label(m) for m in models)]
@@ -91,8 +91,9 @@ def _score(rewards: dict, rows: Sequence[dict], images: Sequence[list]) -> dict[
         for row, prompt_images in zip(rows, images, strict=True)
         for image in prompt_images
     ]
+    sizes = [len(prompt_images) for prompt_images in images]
     return {
-        name: np.reshape(score(reward, name, inputs), (len(rows), -1)).tolist()
+        name: np.reshape(score(reward, name, inputs, sizes), (len(rows), -1)).tolist()
         for name, reward in tqdm(rewards.items(), desc="scoring", leave=False)
     }
 

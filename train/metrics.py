@@ -7,8 +7,7 @@ import netrc
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,10 @@ from configs.schema import RunConfig
 _WANDB_HOST = "api.wandb.ai"
 
 
-class Stopwatch:
-    """Seconds and samples of each phase of a step."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, samples: int) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        self.metrics[f"{name}/seconds"] = seconds
-        self.metrics[f"{name}/samples_per_second"] = samples / seconds
+def timed(work: Callable[[], dict]) -> tuple[dict, float]:
+    """What the work returns, and its seconds."""
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
 
 
 def prepare_trackers(config: RunConfig) -> list[str]:
@@ -65,11 +55,12 @@ class MetricsLog:
         self.accelerator = accelerator
         self.folder = output_dir
         self.path = output_dir / "metrics.jsonl"
+        self.history: list[dict] = []  # of the steps before, in a resumed run
         if accelerator.is_main_process and self.path.exists():
             # a resumed run rewrites what came after its checkpoint
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            steps = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.history = [s for s in steps if s["step"] <= first_step]
+            self.path.write_text("".join(json.dumps(s) + "\n" for s in self.history))
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -101,7 +92,7 @@ def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 class Means:
-    """Weighted running means, with minimum and maximum for names that ask for them."""
+    """Running means by name."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = defaultdict(list)
@@ -121,15 +112,21 @@ def reward_metrics(
 ) -> dict[str, float]:
     """`reward` (weighted sum), `reward_std` (mean within groups) and each reward's mean and std.
 
-    Scores [B, R] of all processes; NaN is left out and counted as `rewards/<name>/not_scored`.
+    Scores [B, R] of all processes. A NaN is left out, with the sums it stands in, and
+    counted as `rewards/<name>/not_scored`; what nothing is left of is NaN.
     """
-    total = (scores * weights).nansum(-1)
-    stds = [total[group_ids == g].std() for g in group_ids.unique()]
-    metrics = {"reward": float(total.mean()), "reward_std": float(torch.stack(stds).mean())}
+    total = (scores * weights).sum(-1)
+    stds = torch.stack([_std(total[group_ids == g]) for g in group_ids.unique()])
+    metrics = {"reward": float(total.nanmean()), "reward_std": float(stds.nanmean())}
     for i, name in enumerate(names):
         column = scores[:, i]
-        scored = column[~column.isnan()]
-        metrics[f"rewards/{name}/mean"] = float(scored.mean())
-        metrics[f"rewards/{name}/std"] = float(scored.std())
+        metrics[f"rewards/{name}/mean"] = float(column.nanmean())
+        metrics[f"rewards/{name}/std"] = float(_std(column))
         metrics[f"rewards/{name}/not_scored"] = float(column.isnan().float().mean())
     return metrics
+
+
+def _std(values: torch.Tensor) -> torch.Tensor:
+    """Unbiased standard deviation of what was scored; NaN for fewer than two."""
+    scored = values[~values.isnan()]
+    return scored.std() if len(scored) > 1 else torch.tensor(math.nan)

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def train_dit(
     image_codes,
     seed: int = 3,
     cards: int = 12000,
-    steps: int = 3000,
+    steps: int = 2000,
     schedule_steps: int = 4500,
     batch: int = 64,
 ) -> None:
@@ -216,7 +217,11 @@ def _shift_mu(config) -> float:
 
 @torch.no_grad()
 def _latent_pool(pipeline, image_codes, rng: random.Random, cards: int) -> dict[int, dict]:
-    """Cards as standardised latents and upsampled codes, by word length."""
+    """Cards as standardised latents and upsampled codes, by word length.
+
+    The codes are those of the same card with another word: they tell colours and
+    shapes, and only the glyph encoder tells letters.
+    """
     vae: AutoencoderKL = pipeline.vae.eval()
     mean, std = (
         torch.tensor(vae.config[k]).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std")
@@ -224,8 +229,9 @@ def _latent_pool(pipeline, image_codes, rng: random.Random, cards: int) -> dict[
     by_length = defaultdict(list)
     for _ in trange(cards, desc="DiT cards"):
         card = sample_card(rng, any_pair=True)
-        image = draw(card)
-        by_length[len(card.word)].append((card.word, _pixels(image), image_codes(pipeline, image)))
+        other = replace(card, word=sample_card(rng).word)
+        row = card.word, _pixels(draw(card)), image_codes(pipeline, draw(other))
+        by_length[len(card.word)].append(row)
     pool = {}
     for length, rows in by_length.items():
         images = torch.stack([pixels for _, pixels, _ in rows])

@@ -1,0 +1,117 @@
+"""Human preference: PickScore and HPSv2.1, CLIP models trained on people's choices."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.errors import UserError
+from rewards.alignment import Alignment
+from rewards.base import RewardInput
+from rewards.clip import Dtype, batches, checked_batch_size, picked_device, picked_dtype
+
+_HPS_REPOSITORY, _HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+
+
+class PickScore:
+    """Scale times cosine of image and prompt embeddings, about 15 to 25 (arXiv 2305.01569)."""
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        device: str = "auto",
+        dtype: Dtype = "float32",
+        batch_size: int = 32,
+    ) -> None:
+        """`model`, `processor`: an id on the hub or a local folder (transformers' CLIP)."""
+        self.source, self.processor_source = model, processor
+        self.device, self.dtype = picked_device(device), picked_dtype(dtype)
+        self.batch_size = checked_batch_size(batch_size)
+
+    def load(self) -> None:
+        _ = self.model, self.processor
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        from transformers import CLIPModel
+
+        model = _from_pretrained(CLIPModel, "model", self.source)
+        return model.eval().requires_grad_(False).to(self.device, self.dtype)
+
+    @cached_property
+    def processor(self) -> Any:
+        from transformers import CLIPProcessor
+
+        return _from_pretrained(CLIPProcessor, "processor", self.processor_source)
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+        return [s for part in batches(inputs, self.batch_size) for s in self._score(part)]
+
+    @torch.no_grad()
+    def _score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        pictures = self.processor(
+            images=[i.image.convert("RGB") for i in inputs], return_tensors="pt"
+        )
+        texts = self.processor(
+            text=[i.prompt for i in inputs],
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        pixels = pictures["pixel_values"].to(self.device, self.dtype)
+        images = _unit(self.model.get_image_features(pixels))
+        prompts = _unit(self.model.get_text_features(**texts))
+        return (self.model.logit_scale.float().exp() * (images * prompts).sum(-1)).tolist()
+
+
+def _unit(output: Any) -> Tensor:
+    """transformers 5 answers an object: its pooler_output is the projected embedding [B, D]."""
+    return F.normalize(output.pooler_output.float(), dim=-1)
+
+
+def _from_pretrained(kind: Any, what: str, source: str) -> Any:
+    try:
+        return kind.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"pickscore {what} {source!r} cannot be loaded, give a local folder or an id on the "
+            f"hub: {error}"
+        ) from error
+
+
+class HpsV2(Alignment):
+    """HPSv2.1: cosine of image and prompt embeddings, about 0.2 to 0.35 (arXiv 2306.09341).
+
+    Read by open_clip, whose preparation resizes with Pillow; the authors' package
+    resizes the tensor, which differs by rounding and edge smoothing.
+    """
+
+    def __init__(self, checkpoint: str | None = None, model: str = "ViT-H-14", **clip: Any) -> None:
+        """`checkpoint`: HPS_v2.1_compressed.pt; without one it is had from the hub."""
+        super().__init__(model=model, pretrained=checkpoint, **clip)
+
+    def load(self) -> None:
+        if self.clip.pretrained is None:
+            self.clip.pretrained = _downloaded()
+        super().load()
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+        self.load()
+        return super().__call__(inputs)
+
+
+def _downloaded() -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(_HPS_REPOSITORY, _HPS_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"hpsv2: {_HPS_FILE} cannot be had from {_HPS_REPOSITORY}: give its path as "
+            f"checkpoint: {error}"
+        ) from error

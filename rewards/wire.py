@@ -1,0 +1,169 @@
+"""The JSON that travels between the `remote` reward and `duet rewards serve`.
+
+    POST /score/NAME  {"samples": [{"prompt": "a card", "row": {...}, "image": BASE64,
+                                    "pictures": {"source": BASE64}}]}
+    200               {"scores": [0.5, null]}                 null: not scored (NaN)
+    any other status  {"error": "one line"}
+
+    GET /health       {"ready": true, "authorised": true,   its weights; this request's token
+                       "rewards": {"ocr": {"whole_groups": false}}}
+
+The row's own pictures travel as the reward would see them (`RewardInput.picture`); the
+paths that named them stay at home.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.rows import PICTURES
+from rewards.base import RewardInput
+from rewards.wire_pictures import PictureReader, WireError, encode_picture
+
+TOKEN_ENV = "DUET_REWARDS_TOKEN"
+
+
+def read_token(variable: str) -> str | None:
+    """The bearer token in that environment variable; None where it is not set."""
+    token = os.environ.get(variable)
+    if token is not None and not (token and token.isascii() and token.isprintable()):
+        raise UserError(
+            f"environment variable {variable} holds no token: "
+            "give printable ASCII on one line, or unset it"
+        )
+    return token
+
+
+def encode_request(inputs: Sequence[RewardInput], image_format: str) -> bytes:
+    """Raises UserError for a row with a value that JSON cannot carry."""
+    samples = []
+    for item in inputs:
+        pictures = {key: item.picture(key) for key in PICTURES if item.row.get(key)}
+        samples.append(
+            {
+                "prompt": item.prompt,
+                "row": {k: _plain(k, v) for k, v in item.row.items() if k not in pictures},
+                "image": encode_picture(item.image, image_format),
+                "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items()},
+            }
+        )
+    return json.dumps({"samples": samples}).encode()
+
+
+def _plain(key: str, value: Any) -> Any:
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise UserError(
+            f"row key {key!r} holds a {type(value).__name__} that JSON cannot carry to a remote "
+            "reward: use strings, finite numbers, true, false, null, lists and objects"
+        )
+    return value
+
+
+def decode_request(body: bytes, folder: Path) -> list[RewardInput]:
+    """The samples of a request; their rows' pictures become files in `folder`.
+
+    Raises WireError for anything but the form above, naming the field.
+    """
+    fields = _fields(_load(body), "the request", {"samples": list})
+    if not fields["samples"]:
+        raise WireError("samples is empty")
+    reader = PictureReader()
+    return [_sample(s, f"samples[{i}]", reader, folder) for i, s in enumerate(fields["samples"])]
+
+
+def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> RewardInput:
+    kinds = {"prompt": str, "row": dict, "image": str, "pictures": dict}
+    fields = _fields(sample, where, kinds)
+    image, _ = reader.read(fields["image"], f"{where}.image")
+    row = dict(fields["row"])
+    for key in PICTURES:
+        if row.get(key):  # a path would open a file of the server
+            raise WireError(f"{where}.row has {key!r}: send that picture in {where}.pictures")
+    for key, text in fields["pictures"].items():
+        if key not in PICTURES:
+            raise WireError(f"{where}.pictures has {key!r}: allowed are {', '.join(PICTURES)}")
+        picture, data = reader.read(text, f"{where}.pictures.{key}")
+        path = folder / f"{where}-{key}.{picture.format.lower()}"
+        path.write_bytes(data)
+        row[key] = str(path)
+    return RewardInput(image, fields["prompt"], row)
+
+
+def encode_scores(scores: Sequence[float]) -> dict[str, list[float | None]]:
+    return {"scores": [None if math.isnan(s) else s for s in scores]}
+
+
+def decode_scores(body: bytes, count: int) -> list[float]:
+    """Scores of `count` samples, NaN where not scored.
+
+    Raises WireError for another count, and for anything but finite numbers and null.
+    """
+    scores = _fields(_load(body), "the answer", {"scores": list})["scores"]
+    if len(scores) != count:
+        raise WireError(f"{len(scores)} scores for {count} samples")
+    return [_score(value) for value in scores]
+
+
+def _score(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or abs(value) > sys.float_info.max:
+        raise WireError(f"{str(value)[:40]!r} is no score: finite numbers and null are")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Health:
+    ready: bool  # weights are loaded
+    authorised: bool  # the request had the server's token, or needs none
+    whole_groups: dict[str, bool]  # by the name of each reward that is served
+
+
+def encode_health(health: Health) -> dict[str, Any]:
+    rewards = {name: {"whole_groups": whole} for name, whole in health.whole_groups.items()}
+    return {"ready": health.ready, "authorised": health.authorised, "rewards": rewards}
+
+
+def decode_health(body: bytes) -> Health:
+    """Raises WireError for anything but the form above."""
+    kinds = {"ready": bool, "authorised": bool, "rewards": dict}
+    fields = _fields(_load(body), "the health page", kinds)
+    whole_groups = {
+        name: _fields(reward, f"rewards.{name}", {"whole_groups": bool})["whole_groups"]
+        for name, reward in fields["rewards"].items()
+    }
+    return Health(fields["ready"], fields["authorised"], whole_groups)
+
+
+def _load(body: bytes) -> Any:
+    def refuse(literal: str) -> None:
+        raise ValueError(f"{literal} is no JSON")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"not JSON ({error}): it begins {excerpt(body)}") from error
+
+
+def excerpt(body: bytes) -> str:
+    """The beginning of a body, for a message of one line."""
+    return ascii(" ".join(body[:160].decode(errors="replace").split()))
+
+
+def _fields(tree: Any, where: str, kinds: dict[str, type]) -> dict[str, Any]:
+    if not isinstance(tree, dict) or set(tree) != set(kinds):
+        raise WireError(f"{where} must be an object of {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if not isinstance(tree[key], kind):
+            raise WireError(f"{where}.{key} must be of type {kind.__name__}")
+    return tree

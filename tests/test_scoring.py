@@ -1,0 +1,214 @@
+"""Scoring: beside sampling, in views, by group; what is not scored; what is only watched."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import RewardConfig, WatchConfig
+from inference.engine import Engine
+from rewards.base import RewardInput, score
+from rewards.registry import load_reward
+from rewards.view import LOW_FACTOR
+from tests.conftest import CLIP
+from tests.test_rewards import CARD, spoiled
+from train.checkpoint import complete_checkpoints
+from train.loop import train
+from train.metrics import reward_metrics
+from train.prompts import draw_groups
+from train.scoring import group_batches, sample_and_score
+from train.stages import STAGES
+from train.tiny.world import draw
+from train.watch import Watch, image_metrics
+
+NAN = math.nan
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+class Slow:
+    """Sleeps 200 ms a batch, then scores the mean brightness."""
+
+    def __init__(self):
+        self.spans = []
+
+    def __call__(self, inputs):
+        start = time.perf_counter()
+        time.sleep(0.2)
+        self.spans.append((start, time.perf_counter()))
+        return [float(np.asarray(i.image).mean()) for i in inputs]
+
+
+class Unsure:
+    """Leaves out a share of every batch."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, inputs):
+        left_out = round(self.share * len(inputs))
+        return [NAN] * left_out + [0.1 * i for i in range(len(inputs) - left_out)]
+
+
+class Rank:
+    whole_groups = True
+
+    def __call__(self, inputs):
+        return [i / len(inputs) for i in range(len(inputs))]
+
+
+def test_overlapped_scores_are_those_of_the_sequential_order(pipeline, rows, small_run):
+    config = small_run("decoder")
+    stage = STAGES["decoder"](Engine(pipeline, config.sampling, config.sde, progress=False), config)
+    groups = draw_groups(rows, 0, 0, 4, 3)
+    sampling = []
+
+    def sample(batch):
+        sampling.append(time.perf_counter())
+        return stage.rollout(batch, 0)
+
+    slow = Slow()
+    sampled = sample_and_score(sample, groups, {"slow": slow}, batch_size=3)
+    one_by_one = [stage.rollout([g], 0)[0] for g in groups]
+    expected = [s for r in one_by_one for s in Slow()([RewardInput(i, "", {}) for i in r.images])]
+    assert sampled.scores[:, 0].tolist() == torch.tensor(expected).tolist()
+    assert [r.seeds for r in sampled.rollouts] == [g.seeds for g in groups]
+    # while the first batch was scored, the next one was begun
+    assert len(sampling) == 4 and sampling[1] < slow.spans[0][1]
+    assert sampled.wait_seconds < sampled.reward_seconds
+
+
+def test_a_reward_that_fails_beside_sampling_ends_the_step(rows):
+    def fail(inputs):
+        raise KeyError("weights")
+
+    class Made:
+        images = (draw(CARD),)
+
+    with pytest.raises(UserError, match="reward 'bad' raised KeyError"):
+        sample_and_score(
+            lambda groups: [Made] * len(groups), draw_groups(rows, 0, 0, 3, 1), {"bad": fail}, 1
+        )
+
+
+def test_batches_hold_whole_groups(rows):
+    groups = draw_groups(rows, 0, 0, 5, 4)
+    sizes = [[len(g.seeds) for g in b] for b in group_batches(groups, 9)]
+    assert sizes == [[4, 4], [4, 4], [4]]
+    assert len(group_batches(groups, 1)) == 5
+
+
+def test_a_group_reward_sees_one_prompts_samples_at_a_time():
+    inputs = [RewardInput(draw(CARD), CARD.prompt, {})] * 5
+    assert score(Rank(), "rank", inputs, [2, 3]) == [0, 1 / 2, 0, 1 / 3, 2 / 3]
+
+
+@pytest.mark.parametrize("kind", ["with reference", "without reference", "sharpness"])
+def test_a_low_reward_hardly_sees_high_frequency_noise(kind, tmp_path):
+    clean = draw(CARD, scale=1.0 if kind == "with reference" else 2.0)
+    clean.save(tmp_path / "reference.png")
+    row = {"image": str(tmp_path / "reference.png")} if kind == "with reference" else {}
+    name = "train.tiny.hackable.Sharpness" if kind == "sharpness" else "fidelity"
+    args = {} if kind == "sharpness" else {"model": CLIP, "pretrained": None}
+    moved = {}
+    for view in ("full", "low"):
+        reward = load_reward(RewardConfig(name, args=args, view=view))
+        inputs = [RewardInput(i, CARD.prompt, row) for i in (clean, spoiled(clean, "noise", 1.5))]
+        before, after = reward(inputs)
+        moved[view] = abs(after - before)
+    assert moved["low"] < 0.1 * moved["full"]
+
+
+def test_the_high_view_shows_every_pixel_and_the_reference_follows(tmp_path):
+    path = tmp_path / "reference.png"
+    draw(CARD).save(path)
+    seen = []
+
+    def look(inputs):
+        for i in inputs:
+            seen.append((i.image, i.picture("image")))
+        return [1.0] * len(inputs)
+
+    from rewards.view import Viewed
+
+    item = RewardInput(draw(CARD), CARD.prompt, {"image": str(path)})
+    assert Viewed(look, "high")([item]) == [1.0]
+    assert [i.size for i, _ in seen] == [(48, 32)] * 4
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in seen)
+    whole = np.zeros((64, 96, 3), np.uint8)
+    for n, (part, _) in enumerate(seen):
+        y, x = n // 2 * 32, n % 2 * 48
+        whole[y : y + 32, x : x + 48] = np.asarray(part)
+    assert np.array_equal(whole, np.asarray(draw(CARD))), "the crops make up the picture"
+    seen.clear()
+    Viewed(look, "low")([item])
+    assert [i.size for i, _ in seen] == [(96 // LOW_FACTOR, 64 // LOW_FACTOR)]
+
+
+def test_a_sample_without_a_score_is_no_zero_in_the_metrics():
+    scores = torch.tensor([[1.0, 2.0], [NAN, 2.0], [3.0, 4.0], [NAN, NAN]])
+    metrics = reward_metrics(scores, torch.ones(2), ["a", "b"], torch.tensor([0, 0, 1, 1]))
+    assert metrics["reward"] == 5.0  # of 3 and 7; the others' sums are unknown
+    assert metrics["rewards/a/mean"] == 2.0 and metrics["rewards/a/not_scored"] == 0.5
+    assert math.isnan(metrics["reward_std"]), "one known sum a group has no spread"
+
+
+def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_run, tmp_path):
+    reward = "rewards=[{name: tests.test_scoring.Unsure, args: {share: 0.6}}]"
+    with pytest.raises(UserError, match="reward 'Unsure' left 62% .* train.resume=latest"):
+        train(small_run("decoder", reward))
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-0"]
+    AcceleratorState._reset_state(True)
+    train(
+        small_run(
+            "decoder",
+            reward,
+            "train.resume=latest",
+            "train.max_not_scored=0.7",
+            "train.max_steps=1",
+        )
+    )
+    assert complete_checkpoints(tmp_path / "run")[-1].name == "checkpoint-1"
+
+
+def step(reward, held_out, sharpness=1.0):
+    return {"reward": reward, "watch/ocr/mean": held_out, "images/sharpness": sharpness}
+
+
+def test_the_alarm_rings_when_the_trained_reward_rises_and_a_watched_one_falls():
+    config = WatchConfig(rewards=(RewardConfig("ocr"),), window=2, drop=0.05)
+
+    def last(steps):
+        watch = Watch(config)
+        return [watch(s) for s in steps][-1]
+
+    start = [step(1.0, 0.8), step(1.2, 0.8)]
+    hacked = last([*start, step(1.5, 0.7), step(1.7, 0.7, sharpness=3.0)])
+    assert hacked["watch/alarm"] == 1 and hacked["watch/ocr/lost"] == pytest.approx(0.125)
+    assert hacked["drift/images/sharpness"] == pytest.approx(1.0)
+    assert last([*start, step(1.5, 0.78), step(1.7, 0.78)])["watch/alarm"] == 0  # within the drop
+    assert last([*start, step(0.9, 0.7), step(0.9, 0.7)])["watch/alarm"] == 0  # both fell
+    assert last([*start, step(1.5, 0.7)])["watch/alarm"] == 0  # too early to say
+    assert last([*start, step(1.5, NAN), step(1.7, 0.6)])["watch/alarm"] == 0  # nothing to compare
+    resumed = Watch(config, [*start, step(1.5, 0.7)])
+    assert resumed(step(1.7, 0.7))["watch/alarm"] == 1, "a resumed run remembers how it began"
+
+
+def test_what_pictures_look_like_is_measured():
+    flat, card = Image.new("RGB", (96, 64), "grey"), draw(CARD)
+    still = image_metrics([[flat, flat]])
+    assert still == {"images/sharpness": 0, "images/saturation": 0, "images/diversity": 0}
+    varied = image_metrics([[card, flat]])
+    assert min(varied.values()) > 0
+    noisy = image_metrics([[spoiled(card, "noise", 3.0), flat]])
+    assert noisy["images/sharpness"] > 3 * varied["images/sharpness"]

@@ -1,0 +1,285 @@
+"""The reward service: `remote` rewards of a real server process."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import RewardConfig
+from rewards.base import RewardInput, score
+from rewards.registry import load_reward, load_rewards
+from rewards.remote import Remote
+from tests.conftest import CLIP, ROOT
+
+TOKEN = "correct horse"
+TOWER = {"args": {"model": CLIP, "pretrained": None}}
+SERVED = "tests.served_rewards."
+QUICK = {"timeout_seconds": 0.5, "retries": 1, "backoff_seconds": 0.05}
+
+
+@contextmanager
+def serving(folder, *rewards, token=None, options=()):
+    """A server process of its own; yields its address when it is ready, and the process."""
+    config = folder / "rewards.yaml"
+    config.write_text(yaml.safe_dump({"rewards": list(rewards)}))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"DUET_REWARDS_TOKEN": token} if token else {}
+    command = [sys.executable, "-m", "launch.cli", "rewards", "serve", str(config), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        url = re.search(r"http://\S+", process.stdout.readline())[0]
+        while httpx.get(f"{url}/health").status_code == 503:
+            time.sleep(0.05)
+        yield url, process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """A server of everything, with a token and a bound of 1 MiB."""
+    light = ("Sees", "HasSource", "Rank", "Alone", "Waits", "Raises")
+    rewards = [{"name": "alignment", **TOWER}, {"name": "fidelity", **TOWER}]
+    rewards += [{"name": SERVED + name} for name in light]
+    folder = tmp_path_factory.mktemp("server")
+    options = ("--max-body-mib", "1")
+    with serving(folder, *rewards, token=TOKEN, options=options) as (address, _):
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("DUET_REWARDS_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def inputs(rows):
+    """Pictures that differ from their rows' reference `image`."""
+    pictures = [Image.open(r["image"]).convert("RGB").rotate(3) for r in rows[:6]]
+    return [RewardInput(p, r["prompt"], r) for p, r in zip(pictures, rows, strict=False)]
+
+
+def remote(url, name, **args):
+    config = RewardConfig("remote", args={"url": url, "reward": name, **args}, label=name)
+    return load_rewards([config])[name]
+
+
+def post(url, name, body, token=TOKEN):
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.post(f"{url}/score/{name}", content=body, headers=headers, timeout=20)
+
+
+def sample(**changes):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    return {"prompt": "a", "row": {"seconds": 0}, "image": image, "pictures": {}} | changes
+
+
+def body(*samples):
+    return json.dumps({"samples": samples})
+
+
+@pytest.mark.parametrize("name", ["alignment", "fidelity"])
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_scores_are_the_local_ones_bit_for_bit(url, inputs, name, image_format):
+    local = load_rewards([RewardConfig(name, **TOWER)])[name](inputs)
+    assert remote(url, name, image_format=image_format)(inputs) == local
+    assert len(set(local)) > 1
+
+
+@pytest.mark.parametrize("view", ["full", "low", "high"])
+def test_prompt_row_and_its_pictures_travel_as_the_view_shows_them(url, inputs, view):
+    local = load_reward(RewardConfig(SERVED + "Sees", view=view))(inputs)
+    args = {"url": url, "reward": "Sees", "batch_size": 4}
+    assert load_reward(RewardConfig("remote", args=args, view=view))(inputs) == local
+    assert len(set(local)) == len(inputs)
+
+
+def test_nan_travels_and_a_source_picture_too(url, inputs, caplog):
+    edits = [replace(i, row=i.row | {"source": i.row["image"]}) for i in inputs[:2]]
+    scores = remote(url, "HasSource")([*edits, inputs[2]])
+    assert scores[:2] == [1, 1] and math.isnan(scores[2])
+    assert not caplog.records
+
+
+def test_whole_groups_stay_whole(url, inputs):
+    reward = remote(url, "Rank", whole_groups=True, batch_size=1)
+    assert sorted(score(reward, "Rank", inputs, [4, 2])) == [0, 0, 1, 1, 2, 3]
+
+
+def test_health_tells_names_and_whether_the_token_is_right(url):
+    page = httpx.get(f"{url}/health").json()
+    assert page["ready"] is True and page["authorised"] is False
+    assert page["rewards"]["Rank"] == {"whole_groups": True}
+    assert page["rewards"]["alignment"] == {"whole_groups": False}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert httpx.get(f"{url}/health", headers=headers).json()["authorised"] is True
+
+
+@pytest.mark.parametrize("wrong", [None, "", "correct", "correct horses", "Correct horse"])
+def test_a_wrong_token_is_refused_and_told_as_the_users_mistake(url, inputs, monkeypatch, wrong):
+    assert post(url, "Sees", body(sample()), wrong).status_code == 401
+    if wrong == "":
+        return
+    monkeypatch.delenv("DUET_REWARDS_TOKEN")
+    if wrong:
+        monkeypatch.setenv("DUET_REWARDS_TOKEN", wrong)
+    reward = Remote(url, "Sees")
+    with pytest.raises(UserError, match="DUET_REWARDS_TOKEN"):
+        reward.load()
+    with pytest.raises(UserError, match="refuses the token of DUET_REWARDS_TOKEN"):
+        reward(inputs)
+
+
+def test_the_tokens_variable_may_have_another_name(url, inputs, monkeypatch):
+    monkeypatch.delenv("DUET_REWARDS_TOKEN")
+    monkeypatch.setenv("MY_TOKEN", TOKEN)
+    assert remote(url, "Alone", token_env="MY_TOKEN")(inputs) == [1] * 6
+    monkeypatch.setenv("MY_TOKEN", "")
+    with pytest.raises(UserError, match="MY_TOKEN holds no token"):
+        remote(url, "Alone", token_env="MY_TOKEN")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_bound_is_refused(url, chunked):
+    large = b" " * (3 * 2**20)
+    pieces = (large[i : i + 65536] for i in range(0, len(large), 65536))
+    answer = post(url, "Alone", pieces if chunked else large)
+    assert answer.status_code == 413 and "1048576 bytes" in answer.json()["error"]
+    fits = body(sample()) + " " * 2**19
+    assert post(url, "Alone", fits).json() == {"scores": [1]}
+
+
+def black(side):
+    """A PNG of a square in few bytes."""
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+MALFORMED = {
+    "not JSON": (lambda: "{", "not JSON"),
+    "binary": (lambda: bytes(range(256)), "not JSON"),
+    "a list": (lambda: "[]", "the request must be an object of samples"),
+    "no samples": (lambda: body(), "samples is empty"),
+    "NaN": (lambda: '{"samples": [NaN]}', "NaN is no JSON"),
+    "deeply nested": (lambda: "[" * 100_000, "not JSON"),
+    "a sample is a string": (lambda: body("a"), "samples[0] must be an object of prompt"),
+    "surplus field": (lambda: body(sample(), sample(x=1)), "samples[1] must be an object of"),
+    "prompt is a number": (lambda: body(sample(prompt=1)), "samples[0].prompt must be of type str"),
+    "not base64": (lambda: body(sample(image="?")), "samples[0].image is no base64 PNG"),
+    "no picture": (lambda: body(sample(image="AAAA")), "samples[0].image is no base64 PNG"),
+    "half a picture": (lambda: body(sample(image=sample()["image"][:60])), "is no base64 PNG"),
+    "row picture is null": (lambda: body(sample(pictures={"image": None})), "samples[0].pictures.image"),
+    "row picture of another key": (lambda: body(sample(pictures={"../x": "AAAA"})), "allowed are image, source"),
+    "a path of the server": (lambda: body(sample(row={"image": "/etc/passwd"})), "samples[0].row has 'image'"),
+    "decompression bomb": (lambda: body(sample(image=black(20000))), "too large"),
+    "many large pictures": (lambda: body(*[sample(image=black(4096))] * 10), "samples[8].image is too large"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_request_is_422_with_one_clear_line(url, name):
+    make, reason = MALFORMED[name]
+    answer = post(url, "Alone", make())
+    assert answer.status_code == 422, answer.text
+    assert reason in answer.json()["error"] and "\n" not in answer.text
+
+
+def test_another_reward_is_404(url):
+    answer = post(url, "nonsense", body(sample()))
+    assert answer.status_code == 404 and "served are alignment, fidelity" in answer.json()["error"]
+
+
+def test_a_reward_that_raises_is_one_line_and_the_server_lives_on(url, inputs, caplog):
+    answer = post(url, "Raises", body(sample()))
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "reward 'Raises' raised KeyError: 'no\\nweights'"}
+    assert np.isnan(remote(url, "Raises", **QUICK)(inputs)).all()
+    assert "KeyError" in caplog.text
+    assert post(url, "Alone", body(sample())).json() == {"scores": [1]}
+
+
+def test_requests_for_one_reward_queue(url):
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: post(url, "Alone", body(sample())), range(6)))
+    assert [a.json() for a in answers] == [{"scores": [1]}] * 6
+
+
+def test_another_reward_need_not_wait_and_who_hung_up_is_not_scored(url):
+    slow = body(sample(row={"seconds": 1}))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, url, "Waits", slow)
+        time.sleep(0.2)
+        start = time.monotonic()
+        with pytest.raises(httpx.ReadTimeout):
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            httpx.post(f"{url}/score/Waits", content=slow, headers=headers, timeout=0.1)
+        assert post(url, "Alone", body(sample())).status_code == 200
+        assert time.monotonic() - start < 0.7
+        assert waiting.result().json() == {"scores": [1]}
+        start = time.monotonic()
+        assert post(url, "Waits", body(sample())).json() == {"scores": [1]}
+        assert time.monotonic() - start < 0.7
+
+
+def test_the_next_endpoint_takes_over_when_the_first_is_killed(tmp_path, inputs, caplog):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    reward = {"name": SERVED + "Sees"}
+    with (
+        serving(tmp_path / "a", reward) as (first, process),
+        serving(tmp_path / "b", reward) as (second, _),
+    ):
+        args = {"url": [first, second], "reward": "Sees", "batch_size": 2, **QUICK}
+        client = load_rewards([RewardConfig("remote", args=args)])["remote"]
+        local = load_reward(RewardConfig(SERVED + "Sees"))(inputs)
+        assert client(inputs) == local and not caplog.records
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert client(inputs) == local
+        [warning] = caplog.messages
+        assert "0 of 6 samples are not scored" in warning and first in warning
+        caplog.clear()
+        assert client(inputs) == local and not caplog.records  # the second is tried first now
+        assert client.endpoints.urls == [second, first]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"reward": "nonsense"}, "does not serve 'nonsense': served are alignment, fidelity"),
+        ({"reward": "Rank"}, "whole_groups = False is not what the server says: set it to True"),
+        ({"url": "http://127.0.0.1:9"}, "has no server: http://127.0.0.1:9: ConnectError"),
+    ],
+)
+def test_load_refuses_what_no_endpoint_serves(url, args, message):
+    with pytest.raises(UserError, match=message):
+        load_rewards([RewardConfig("remote", args={"url": url, "reward": "Sees", **QUICK, **args})])
+
+
+def test_load_is_content_with_one_endpoint(url, inputs, caplog):
+    reward = remote(["http://127.0.0.1:9", url], "Alone", **QUICK)
+    assert "http://127.0.0.1:9: ConnectError" in caplog.text
+    caplog.clear()
+    assert reward(inputs) == [1] * 6 and not caplog.records

@@ -1,0 +1,143 @@
+"""Everything a run needs, built, resumed and checked before its first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from configs.errors import UserError
+from configs.rows import load_rows
+from configs.schema import RunConfig
+from inference.engine import Engine
+from inference.model import add_adapter, load_adapter, load_pipeline, module_of, pick_device
+from rewards.base import Reward
+from rewards.registry import load_rewards
+from train import checkpoint, gate
+from train.metrics import prepare_trackers
+from train.stages import STAGES, ArStage, DecoderStage
+
+
+@dataclass
+class Run:
+    """Everything a step needs."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    stage: ArStage | DecoderStage
+    policy: torch.nn.Module  # wrapped by accelerate
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    rewards: dict[str, Reward]
+    weights: torch.Tensor  # [R]
+    watched: dict[str, Reward]  # never trained on
+    rows: list[dict]
+
+    @property
+    def shows(self) -> bool:
+        """Progress bars come from one process a machine."""
+        return self.accelerator.is_local_main_process
+
+    @property
+    def precision(self) -> str:
+        """The dtype that forward passes run in."""
+        mixed = {"bf16": "bfloat16", "fp16": "float16"}
+        return mixed.get(self.config.train.mixed_precision, self.config.model.dtype)
+
+
+def prepare(config: RunConfig) -> tuple[Run, int]:
+    """Build the run, resume it if asked, and pass the gate; returns it and its first step."""
+    rows = load_rows(config.data.train)
+    load_rows(config.data.eval)
+    resume = checkpoint.find_resume(config)
+    start = checkpoint.load_position(resume, config.stage) if resume else 0
+    rewards, watched = load_rewards(config.rewards), load_rewards(config.watch.rewards)
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        gradient_accumulation_steps=config.optim.gradient_accumulation_steps,
+        log_with=prepare_trackers(config) or None,
+        project_dir=config.output_dir,
+        cpu=pick_device(config.model.device).type == "cpu",
+        step_scheduler_with_optimizer=False,
+    )
+    _check_batches(config, accelerator.num_processes)
+    set_seed(config.seed)
+    pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
+    engine = Engine(
+        pipeline,
+        config.sampling,
+        config.sde,
+        config.rollout.batch_size,
+        progress=accelerator.is_local_main_process,
+    )
+    gate.check_schedule(engine, config.sampling.height, config.sampling.width)
+    gate.check_reference(
+        engine, rows[0]["prompt"], config.sampling.height, config.sampling.width, config.model.dtype
+    )
+    module = module_of(pipeline, config.stage)
+    if resume:
+        load_adapter(pipeline, resume)
+        _require_lora_gradients(module)
+    else:
+        lora = config.lora
+        add_adapter(module, config.stage, lora.rank, lora.alpha, lora.target_modules)
+    run = _assemble(config, accelerator, engine, module, rewards, watched, rows)
+    if resume:
+        checkpoint.load_state(accelerator, resume)
+    if accelerator.is_main_process:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("duet")
+    return run, start
+
+
+def _assemble(config, accelerator, engine, module, rewards, watched, rows) -> Run:
+    optim = config.optim
+    optimizer = AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        weight_decay=optim.weight_decay,
+    )
+    scheduler = LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / (optim.warmup_steps + 1)))
+    policy, optimizer, scheduler = accelerator.prepare(module, optimizer, scheduler)
+    checkpoint.leave_weights_to_the_adapter(accelerator)
+    return Run(
+        config,
+        accelerator,
+        STAGES[config.stage](engine, config),
+        policy,
+        optimizer,
+        scheduler,
+        rewards,
+        torch.tensor([r.weight for r in config.rewards]),
+        watched,
+        rows,
+    )
+
+
+def _require_lora_gradients(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def _check_batches(config: RunConfig, processes: int) -> None:
+    groups, size = config.rollout.prompts_per_step, config.rollout.num_generations
+    if groups % processes:
+        raise UserError(
+            f"rollout.prompts_per_step = {groups} does not divide over {processes} processes: "
+            f"give a multiple of {processes}"
+        )
+    local = groups // processes * size
+    share = config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+    if local % share:
+        raise UserError(
+            f"{local} samples a process do not divide into updates of "
+            f"per_device_train_batch_size * gradient_accumulation_steps = {share}: "
+            f"give a divisor of {local}"
+        )

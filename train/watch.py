@@ -1,0 +1,86 @@
+"""Against reward hacking: rewards that are watched and never trained on, and an alarm.
+
+Also what optimised pictures drift in: sharpness, saturation, and their diversity
+within a group.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import laplace
+
+from configs.schema import WatchConfig
+
+_THUMBNAIL = (32, 32)  # pixels; two pictures differ when their thumbnails do
+
+
+class Watch:
+    """Compares the last `window` steps with the first ones.
+
+    The alarm rings when the trained reward has risen while a watched one has lost
+    more than `drop` of its first mean (Goodhart's law; Gao et al., arXiv 2210.10760).
+    """
+
+    def __init__(self, config: WatchConfig, history: Sequence[Mapping[str, float]] = ()) -> None:
+        """`history`: the metrics of the steps before, for a run that is resumed."""
+        self.config = config
+        self.steps = list(history)
+
+    def __call__(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of this step: the drift of each watched value, and `watch/alarm`, 0 or 1."""
+        self.steps.append(metrics)
+        drift = {f"drift/{name}": self._change(name) for name in _DRIFTING}
+        lost = {
+            reward.metric_name: -self._change(f"watch/{reward.metric_name}/mean")
+            for reward in self.config.rewards
+        }
+        drift |= {f"watch/{name}/lost": share for name, share in lost.items()}
+        rang = self._change("reward") > 0 and any(v > self.config.drop for v in lost.values())
+        return drift | {"watch/alarm": float(rang)}
+
+    def alarm_text(self, metrics: Mapping[str, float]) -> str:
+        """What rang, in one line."""
+        lost = ", ".join(
+            f"{r.metric_name} lost {metrics[f'watch/{r.metric_name}/lost']:.0%}"
+            for r in self.config.rewards
+        )
+        return f"the trained reward rose by {self._change('reward'):.0%} while {lost}"
+
+    def _change(self, name: str) -> float:
+        """(last - first) / |first|, means over `window` steps; 0 until both are full."""
+        told = (m.get(name) for m in self.steps)
+        values = [v for v in told if v is not None and not math.isnan(v)]
+        window = self.config.window
+        if len(values) < 2 * window:
+            return 0.0
+        first, last = np.mean(values[:window]), np.mean(values[-window:])
+        return float((last - first) / max(abs(first), 1e-6))
+
+
+_DRIFTING = ("images/sharpness", "images/saturation", "images/diversity")
+
+
+def image_metrics(groups: Iterator[Sequence[Image.Image]]) -> dict[str, float]:
+    """Means over pictures (sharpness, saturation) and over groups (diversity).
+
+    Saturation: HSV's, in [0, 1]. Diversity: root mean square difference of two
+    thumbnails of a group, in [0, 1].
+    """
+    sharp, saturation, diversity = [], [], []
+    for images in groups:
+        for image in images:
+            sharp.append(sharpness(image))
+            saturation.append(np.asarray(image.convert("HSV"))[..., 1].mean() / 255)
+        small = [np.asarray(i.resize(_THUMBNAIL, Image.BOX), dtype=float) / 255 for i in images]
+        pairs = [np.sqrt(np.square(a - b).mean()) for a, b in combinations(small, 2)]
+        diversity.append(np.mean(pairs))
+    named = zip(_DRIFTING, (sharp, saturation, diversity), strict=True)
+    return {name: float(np.mean(values)) for name, values in named}
+
+
+def sharpness(image: Image.Image) -> float:
+    """Variance of the Laplacian of the grey picture in [0, 1]."""
+    return float(laplace(np.asarray(image.convert("L"), dtype=float) / 255).var())
