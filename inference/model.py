@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from configs.errors import UserError
+from inference.attention import FLOAT64_SUMS
 
 # AR names that occur in `language_model` only; DiT attention and feed-forward
 TARGET_MODULES = {
@@ -50,6 +51,8 @@ def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> Gl
         raise UserError(f"model.path = {path!r}: {found}cannot be loaded: {reason}") from error
     for name in ("vision_language_encoder", "transformer", "vae", "text_encoder"):
         getattr(pipeline, name).requires_grad_(False).eval()
+    if dtype == "float32":
+        pipeline.vision_language_encoder.set_attn_implementation({"text_config": FLOAT64_SUMS})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(pick_device(device))
 

@@ -69,7 +69,13 @@ def _load(reward: Reward, config: RewardConfig) -> None:
 def _find(name: str):
     installed = {e.name: e for e in entry_points(group=ENTRY_POINT_GROUP)}
     if name in installed:
-        return installed[name].load()
+        try:
+            return installed[name].load()
+        except Exception as error:  # a plug-in's import may raise anything
+            raise UserError(
+                f"reward {name!r} of entry point {installed[name].value!r} cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     path = BUILT_IN.get(name, name)
     module_name, _, attribute = path.rpartition(".")
     if not module_name:

@@ -160,6 +160,30 @@ def test_a_reward_is_found_by_an_installed_entry_point(tmp_path, monkeypatch):
     assert load_reward(RewardConfig("cheer"))([1]) == [2.0]
 
 
+def test_an_entry_point_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
+    package = tmp_path / "gloom-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: gloom\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[duet.rewards]\ngloom = gloom:Gloom\n")
+    (tmp_path / "gloom.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="gloom:Gloom' cannot be imported: ZeroDivisionError"):
+        load_reward(RewardConfig("gloom"))
+
+
+class Weightless:
+    def load(self):
+        raise KeyError("layers.0")
+
+    def __call__(self, inputs):
+        return [0.0] * len(inputs)
+
+
+def test_weights_that_cannot_be_read_are_told():
+    with pytest.raises(UserError, match="cannot load its weights: KeyError"):
+        load_rewards([RewardConfig("tests.test_rewards.Weightless")])
+
+
 def raising(inputs):
     raise KeyError("weights")
 

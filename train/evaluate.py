@@ -25,12 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
     if (output / "results.json").exists():
         raise UserError(f"--output = {str(output)!r} holds a report already: name another folder")
     from train.evaluation import evaluate, text_table  # torch loads slowly
-    from train.report import write_report
+    from train.report import write_report, write_strip
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
     results = evaluate(config, models, output)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     page = write_report(results, output)
+    write_strip(results, output)
     print(text_table(results))
     print(f"report: {page}")
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from train.metrics import image_grid
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
 
 _PICTURES = 24  # prompts shown; the folder holds the rest
+_STRIP = 8  # prompts of the strip before/after
 _CURVES = ("reward", "rewards/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
 
 
@@ -38,6 +42,19 @@ def write_report(results: dict[str, Any], output: Path) -> Path:
     )
     path = output / "index.html"
     path.write_text(page, encoding="utf-8")
+    return path
+
+
+def write_strip(results: dict[str, Any], output: Path) -> Path:
+    """`output/before_after.png`: the first prompts, the base above, the last model below."""
+    per_prompt = len(results["rows"][0]["images"]) // len(results["prompts"])
+    chosen = [
+        Image.open(output / path)
+        for row in (results["rows"][0], results["rows"][-1])
+        for path in row["images"][::per_prompt][:_STRIP]
+    ]
+    path = output / "before_after.png"
+    image_grid(chosen, len(chosen) // 2).save(path)
     return path
 
 
