@@ -1,4 +1,3 @@
-# Two lines of defence against spinning threads on small machines: one thread pool, all cores.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -28,7 +27,7 @@ define pipeline
 endef
 
 quickstart: install
-	$(call pipeline,30,20)
+	$(call pipeline,40,40)
 
 reproduce: install
-	$(call pipeline,150,60)
+	$(call pipeline,100,100)

@@ -116,6 +116,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
+    lr_scheduler_type: Literal["constant", "linear"] = "constant"  # linear: to 0 at the last step
     warmup_steps: int = 0  # optimizer updates
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 8  # samples in one backward pass

@@ -136,7 +136,13 @@ def test_groups_are_a_function_of_seed_and_step():
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_a_resumed_run_ends_in_the_very_same_weights(small_run, stage, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = ["grpo.beta=0.01", "optim.warmup_steps=4", "train.max_steps=3"]
+    # constant: the part that ends early must not know that it does
+    common = [
+        "grpo.beta=0.01",
+        "optim.warmup_steps=4",
+        "optim.lr_scheduler_type=constant",
+        "train.max_steps=3",
+    ]
     train(small_run(stage, *common, f"output_dir={whole}"))
     AcceleratorState._reset_state(True)
     train(small_run(stage, *common, f"output_dir={parts}", "train.max_steps=2"))
@@ -151,6 +157,12 @@ def test_a_resumed_run_ends_in_the_very_same_weights(small_run, stage, tmp_path)
     assert any(not torch.equal(before[k], reached[k]) for k in reached), "the last step must learn"
     assert [m["step"] for m in metrics(parts)] == [1, 2, 3]
     assert metrics(parts)[2]["reward"] == metrics(whole)[2]["reward"]
+
+
+def test_a_linear_schedule_ends_at_zero(small_run, tmp_path):
+    train(small_run("decoder", "optim.lr_scheduler_type=linear", "optim.learning_rate=1e-3"))
+    # one update a rollout, two rollouts; logged after the update
+    assert [m["learning_rate"] for m in metrics(tmp_path / "run")] == pytest.approx([5e-4, 0])
 
 
 def test_what_a_step_writes(small_run, tmp_path):

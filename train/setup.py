@@ -1,6 +1,7 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def _assemble(config, accelerator, engine, module, rewards, watched, rows) -> Ru
         betas=(optim.adam_beta1, optim.adam_beta2),
         weight_decay=optim.weight_decay,
     )
-    scheduler = LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / (optim.warmup_steps + 1)))
+    scheduler = LambdaLR(optimizer, partial(_learning_rate_factor, config, accelerator))
     policy, optimizer, scheduler = accelerator.prepare(module, optimizer, scheduler)
     checkpoint.leave_weights_to_the_adapter(accelerator)
     return Run(
@@ -119,6 +120,26 @@ def _assemble(config, accelerator, engine, module, rewards, watched, rows) -> Ru
     )
 
 
+def _learning_rate_factor(config: RunConfig, accelerator: Accelerator, update: int) -> float:
+    """Warm-up, then constant, or linear to 0 after the updates of `max_steps` rollouts."""
+    factor = min(1.0, (update + 1) / (config.optim.warmup_steps + 1))
+    if config.optim.lr_scheduler_type == "linear":
+        samples = _samples_per_process(config, accelerator.num_processes)
+        total = config.train.max_steps * config.grpo.num_iterations * samples
+        factor *= max(0.0, 1 - update * _samples_per_update(config) / total)
+    return factor
+
+
+def _samples_per_process(config: RunConfig, processes: int) -> int:
+    """Of one rollout."""
+    return config.rollout.prompts_per_step // processes * config.rollout.num_generations
+
+
+def _samples_per_update(config: RunConfig) -> int:
+    """On one process."""
+    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+
+
 def _require_lora_gradients(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if "lora_" in name:
@@ -127,14 +148,13 @@ def _require_lora_gradients(module: torch.nn.Module) -> None:
 
 
 def _check_batches(config: RunConfig, processes: int) -> None:
-    groups, size = config.rollout.prompts_per_step, config.rollout.num_generations
+    groups = config.rollout.prompts_per_step
     if groups % processes:
         raise UserError(
             f"rollout.prompts_per_step = {groups} does not divide over {processes} processes: "
             f"give a multiple of {processes}"
         )
-    local = groups // processes * size
-    share = config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+    local, share = _samples_per_process(config, processes), _samples_per_update(config)
     if local % share:
         raise UserError(
             f"{local} samples a process do not divide into updates of "
