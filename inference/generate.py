@@ -12,7 +12,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="duet generate",
         description=__doc__,
-        epilog="Unset numbers come from the model's generation_config.",
+        epilog="Unset numbers are the checkpoint's own, else the reference pipeline's.",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")

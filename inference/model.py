@@ -58,17 +58,20 @@ def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> Gl
 
 
 def generation_defaults(pipeline: GlmImagePipeline) -> dict[str, float]:
-    """Sampling settings that the checkpoint's generation_config names; size in pixels.
+    """Sampling settings that the checkpoint itself names; size in pixels.
 
-    `target_h`, `target_w`, `num_inference_steps` and `guidance_scale` may stand there
-    too; else the processor's size and the pipeline's 50 steps and scale 1.5 hold.
+    The size is the VAE's `sample_size` where that is a [height, width] pair, else the
+    processor's. What is not named keeps the pipeline's 50 steps and guidance scale 1.5.
     """
-    config = pipeline.vision_language_encoder.generation_config
+    config, size = (
+        pipeline.vision_language_encoder.generation_config,
+        pipeline.vae.config.sample_size,
+    )
+    if not isinstance(size, list | tuple):
+        size = pipeline.processor.target_h, pipeline.processor.target_w
     found = {
-        "height": getattr(config, "target_h", None) or pipeline.processor.target_h,
-        "width": getattr(config, "target_w", None) or pipeline.processor.target_w,
-        "num_inference_steps": getattr(config, "num_inference_steps", None),
-        "guidance_scale": config.guidance_scale,
+        "height": size[0],
+        "width": size[1],
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k,

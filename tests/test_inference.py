@@ -1,5 +1,7 @@
 """The engine: parity with the stock pipeline, one distribution, no batch effects."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,19 @@ def test_tokens_are_scored_by_the_distribution_that_sampled_them(pipeline, sampl
         kept = autoregressive.unpack_support(trajectories[0].support, 256, torch.device("cpu"))
         assert kept.gather(-1, trajectories[0].tokens[..., None]).all()
         assert kept.sum() < kept.numel() / 2
+
+
+def test_a_full_rollout_is_scored_as_it_was_sampled(pipeline, rows):
+    """16,192 tokens: the rare ones on which float32 attention kernels differ by 1e-4 are among them."""
+    engine = Engine(
+        pipeline, replace(SAMPLING, num_inference_steps=1), batch_size=64, progress=False
+    )
+    asked = [request(r["prompt"], range(8 * i, 8 * i + 8)) for i, r in enumerate(rows[:8])]
+    trajectories = [r.token_trajectory for r in engine.rollout(asked)]
+    logprobs = torch.cat([engine.token_logprobs([t])[0] for t in trajectories])
+    difference = logprobs - torch.cat([t.logprobs for t in trajectories])
+    assert logprobs.numel() == 16192
+    assert float(difference.abs().max()) < 1e-5
 
 
 def test_our_replay_equals_stock_generation_logits(pipeline):

@@ -113,18 +113,15 @@ def test_a_group_reward_sees_one_prompts_samples_at_a_time():
     assert score(Rank(), "rank", inputs, [2, 3]) == [0, 1 / 2, 0, 1 / 3, 2 / 3]
 
 
-@pytest.mark.parametrize("kind", ["with reference", "without reference", "sharpness"])
-def test_a_low_reward_hardly_sees_high_frequency_noise(kind, tmp_path):
-    clean = draw(CARD, scale=1.0 if kind == "with reference" else 2.0)
-    clean.save(tmp_path / "reference.png")
-    row = {"image": str(tmp_path / "reference.png")} if kind == "with reference" else {}
-    name = "train.tiny.hackable.Sharpness" if kind == "sharpness" else "fidelity"
-    args = {} if kind == "sharpness" else {"model": CLIP, "pretrained": None}
+@pytest.mark.parametrize("name", ["fidelity", "train.tiny.hackable.Sharpness"])
+def test_a_low_reward_hardly_sees_high_frequency_noise(name):
+    args = {"model": CLIP, "pretrained": None} if name == "fidelity" else {}
+    clean = draw(CARD, scale=2.0)
     moved = {}
     for view in ("full", "low"):
         reward = load_reward(RewardConfig(name, args=args, view=view))
-        inputs = [RewardInput(i, CARD.prompt, row) for i in (clean, spoiled(clean, "noise", 1.5))]
-        before, after = reward(inputs)
+        pictures = (clean, spoiled(clean, "noise", 1.5))
+        before, after = reward([RewardInput(i, CARD.prompt, {}) for i in pictures])
         moved[view] = abs(after - before)
     assert moved["low"] < 0.1 * moved["full"]
 

@@ -17,7 +17,8 @@ from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
 
 _PICTURES = 24  # prompts shown; the folder holds the rest
 _STRIP = 8  # prompts of the strip before/after
-_CURVES = ("reward", "rewards/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
+_CURVES = ("reward", "watch/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
+_NO_CURVES = ("not_scored", "/std", "seconds", "samples_per_second")
 
 
 def write_report(results: dict[str, Any], output: Path) -> Path:
@@ -81,9 +82,7 @@ def _curves(rows: list[dict]) -> list[dict]:
 
 
 def _chart(steps: list[dict]) -> str:
-    names = [
-        n for n in steps[-1] if n.startswith(_CURVES) and not n.endswith(("not_scored", "/std"))
-    ]
+    names = [n for n in steps[-1] if n.startswith(_CURVES) and not n.endswith(_NO_CURVES)]
     columns = 3
     lines = -(-len(names) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(11, 2.1 * lines), squeeze=False)

@@ -27,7 +27,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from train.tiny.world import sample_card
+from train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, sample_card
 
 CODEBOOK_SIZE = 256
 IMAGE_START, IMAGE_END, VISION_VOCABULARY = 256, 257, 264
@@ -163,6 +163,7 @@ def build_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=16,
+        sample_size=(HEIGHT_PIXELS, WIDTH_PIXELS),
         norm_num_groups=8,
         mid_block_add_attention=False,
         use_quant_conv=False,

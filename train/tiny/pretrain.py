@@ -147,9 +147,7 @@ def train_ar(seed: int = 1, cards: int = 4000, steps: int = 2000, batch: int = 3
             first, last = losses[:, 0].mean(), losses[:, -large:].mean()
             progress.set_postfix(loss=f"{loss:.3f}", first=f"{first:.3f}", large=f"{last:.3f}")
     # what `inference.generate` takes when nothing else is said
-    defaults = model.generation_config
-    defaults.temperature, defaults.top_p, defaults.num_inference_steps = 1.0, 0.9, 8
-    defaults.target_h, defaults.target_w = HEIGHT_PIXELS, WIDTH_PIXELS
+    model.generation_config.temperature, model.generation_config.top_p = 1.0, 0.9
     model.eval().save_pretrained(MODEL / "vision_language_encoder")
 
 
