@@ -1,7 +1,7 @@
 """Rewards by built-in name, by entry point, or by dotted path."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 
 from configs.errors import UserError
@@ -47,23 +47,22 @@ def load_reward(config: RewardConfig) -> Reward:
 
 def load_rewards(configs: Iterable[RewardConfig]) -> dict[str, Reward]:
     """Rewards with their weights by the name that metrics call them, in the config's order."""
-    rewards = {}
-    for config in configs:
-        reward = rewards[config.metric_name] = load_reward(config)
-        if hasattr(reward, "load"):
-            _load(reward, config)
+    rewards = {config.metric_name: load_reward(config) for config in configs}
+    load_weights(rewards)
     return rewards
 
 
-def _load(reward: Reward, config: RewardConfig) -> None:
-    try:
-        reward.load()
-    except UserError:
-        raise
-    except Exception as error:  # a plug-in's own reading may raise anything
-        raise UserError(
-            f"reward {config.name!r} cannot load its weights: {type(error).__name__}: {error}"
-        ) from error
+def load_weights(rewards: Mapping[str, Reward]) -> None:
+    """Let every reward that has weights read them. Raises UserError, with the reward's name."""
+    for name, reward in rewards.items():
+        try:
+            getattr(reward, "load", lambda: None)()
+        except UserError:
+            raise
+        except Exception as error:  # a plug-in's own reading may raise anything
+            raise UserError(
+                f"reward {name!r} cannot load its weights: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _find(name: str):

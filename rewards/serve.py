@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from configs.errors import UserError
 from configs.schema import RewardConfig
 from rewards.base import Reward, score
-from rewards.registry import load_reward
+from rewards.registry import load_reward, load_weights
 from rewards.wire import (
     TOKEN_ENV,
     Health,
@@ -45,7 +45,7 @@ def serve(configs: Sequence[RewardConfig], host: str, port: int, max_body: int) 
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     with listener, ThreadPoolExecutor(1) as loader:
-        loading = loader.submit(_load, rewards)
+        loading = loader.submit(load_weights, rewards)
         app = make_app(rewards, loading, token, max_body)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         loading.add_done_callback(lambda done: _stop_on_error(server, done))
@@ -55,12 +55,6 @@ def serve(configs: Sequence[RewardConfig], host: str, port: int, max_body: int) 
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     loading.result()
-
-
-def _load(rewards: dict[str, Reward]) -> None:
-    for reward in rewards.values():
-        if hasattr(reward, "load"):
-            reward.load()
 
 
 def _stop_on_error(server: uvicorn.Server, loading: Future) -> None:
