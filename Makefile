@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-OUT ?= runs/$@
+OUT ?= runs/$@-$(SEED)
 SEED ?= 0
 CONFIGS := configs/tiny
 
@@ -30,4 +30,4 @@ quickstart: install
 	$(call pipeline,40,40)
 
 reproduce: install
-	$(call pipeline,100,100)
+	$(call pipeline,200,180)
