@@ -1,5 +1,6 @@
 """Scoring: beside sampling, in views, by group; what is not scored; what is only watched."""
 
+import json
 import math
 import time
 
@@ -176,6 +177,35 @@ def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_ru
         )
     )
     assert complete_checkpoints(tmp_path / "run")[-1].name == "checkpoint-1"
+
+
+class Constant:
+    def __call__(self, inputs):
+        return [5.0] * len(inputs)
+
+
+def test_a_watched_reward_is_measured_and_not_trained_on(small_run, tmp_path):
+    rewards = "rewards=[{name: train.tiny.hackable.Sharpness}]"
+    watched = "watch.rewards=[{name: tests.test_scoring.Constant}]"
+    folders = [tmp_path / "alone", tmp_path / "watched"]
+    for folder, overrides in zip(folders, ([], [watched]), strict=True):
+        AcceleratorState._reset_state(True)
+        train(
+            small_run("decoder", rewards, f"output_dir={folder}", "train.max_steps=1", *overrides)
+        )
+    alone, beside = (json.loads((f / "metrics.jsonl").read_text()) for f in folders)
+    assert beside["watch/Constant/mean"] == 5.0
+    assert beside["reward"] == alone["reward"] == alone["rewards/Sharpness/mean"]
+    assert beside["grad_norm"] == alone["grad_norm"]
+
+
+def test_the_alarm_can_end_a_run_with_a_checkpoint(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.loop.Watch.__call__", lambda self, metrics: {"watch/alarm": 1.0})
+    monkeypatch.setattr("train.loop.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
+    watched = "watch.rewards=[{name: tests.test_scoring.Constant}]"
+    with pytest.raises(UserError, match="watch.stop ended the run at .*checkpoint-1: .* ocr lost"):
+        train(small_run("decoder", watched, "watch.stop=true", "train.save_steps=9"))
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
 def step(reward, held_out, sharpness=1.0):

@@ -63,9 +63,8 @@ def train_step(run: Run, step: int, first: bool = False) -> tuple[dict, list]:
         with torch.no_grad(), accelerator.autocast():
             return run.stage.rollout(batch, step)
 
-    watched = {f"watch/{name}": reward for name, reward in run.watched.items()}
-    rewards, batch_size = run.rewards | watched, config.rollout.batch_size
-    sampled = sample_and_score(sample, mine, rewards, batch_size, run.shows)
+    rewards = run.rewards | {f"watch/{name}": reward for name, reward in run.watched.items()}
+    sampled = sample_and_score(sample, mine, rewards, config.rollout.batch_size, run.shows)
     rollouts, scores = sampled.rollouts, sampled.scores[:, : len(run.rewards)]
     group_ids = torch.tensor([g.id for g in mine for _ in g.seeds])
     all_scores, all_ids = _gather(sampled.scores), _gather(group_ids)
@@ -81,8 +80,9 @@ def train_step(run: Run, step: int, first: bool = False) -> tuple[dict, list]:
         with accelerator.autocast():
             gate.check_ratio(run.stage, rollouts, run.policy, run.precision)
     metrics, update_seconds = timed(lambda: update(run, rollouts, advantages.values))
-    metrics |= reward_metrics(all_scores, run.weights, list(run.rewards), all_ids)
-    metrics |= watched_metrics(run, all_scores[:, len(run.rewards) :], rollouts)
+    trained, watched = all_scores.tensor_split([len(run.rewards)], dim=1)
+    metrics |= reward_metrics(trained, run.weights, list(run.rewards), all_ids)
+    metrics |= watched_metrics(run, watched, rollouts)
     zero_std = _gather(torch.tensor([advantages.frac_reward_zero_std]))
     metrics["frac_reward_zero_std"] = float(zero_std.mean())
     seconds = {
