@@ -63,10 +63,8 @@ def generation_defaults(pipeline: GlmImagePipeline) -> dict[str, float]:
     The size is the VAE's `sample_size` where that is a [height, width] pair, else the
     processor's. What is not named keeps the pipeline's 50 steps and guidance scale 1.5.
     """
-    config, size = (
-        pipeline.vision_language_encoder.generation_config,
-        pipeline.vae.config.sample_size,
-    )
+    config = pipeline.vision_language_encoder.generation_config
+    size = pipeline.vae.config.sample_size
     if not isinstance(size, list | tuple):
         size = pipeline.processor.target_h, pipeline.processor.target_w
     found = {
