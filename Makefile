@@ -27,7 +27,7 @@ define pipeline
 endef
 
 quickstart: install
-	$(call pipeline,40,40)
+	$(call pipeline,40,45)
 
 reproduce: install
-	$(call pipeline,200,180)
+	$(call pipeline,250,180)

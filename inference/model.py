@@ -114,15 +114,12 @@ def load_adapter(pipeline: GlmImagePipeline, checkpoint: str | Path) -> str:
 
     Raises UserError for a folder that holds no (or a damaged) adapter.
     """
-    folder = Path(checkpoint)
-    if (folder / "adapter").is_dir():
-        folder = folder / "adapter"
+    folder = adapter_folder(checkpoint)
+    stage = adapter_stage(checkpoint)
+    module = module_of(pipeline, stage)
+    if getattr(module, "peft_config", None):
+        raise UserError(f"adapter {str(checkpoint)!r}: the {stage} has an adapter already")
     try:
-        info = json.loads((folder / ADAPTER_INFO).read_text())
-        stage = info["stage"]
-        module = module_of(pipeline, stage)
-        if getattr(module, "peft_config", None):
-            raise UserError(f"adapter {str(checkpoint)!r}: the {stage} has an adapter already")
         if stage == "ar":
             module.load_adapter(str(folder))
         else:
@@ -130,16 +127,34 @@ def load_adapter(pipeline: GlmImagePipeline, checkpoint: str | Path) -> str:
             module.load_lora_adapter(
                 str(folder), prefix=None, weight_name=_DIT_WEIGHTS, adapter_name="default"
             )
-    except UserError:
-        raise
-    except Exception as error:  # safetensors, peft and json each raise their own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} is missing or damaged ({reason}): "
-            "give a folder that training wrote"
-        ) from error
+    except Exception as error:  # safetensors and peft each raise their own kinds
+        raise _damaged(checkpoint, error) from error
     module.requires_grad_(False).eval()
     return stage
+
+
+def adapter_folder(checkpoint: str | Path) -> Path:
+    """Where the adapter lies: in the checkpoint's `adapter`, or the folder itself."""
+    folder = Path(checkpoint)
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
+def adapter_stage(checkpoint: str | Path) -> str:
+    """The stage that trained it, without loading it. Raises UserError as `load_adapter`."""
+    try:
+        stage = json.loads((adapter_folder(checkpoint) / ADAPTER_INFO).read_text())["stage"]
+        _COMPONENT[stage]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(checkpoint, error) from error
+    return stage
+
+
+def _damaged(checkpoint: str | Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"checkpoint {str(checkpoint)!r} is missing or damaged ({reason}): "
+        "give a folder that training wrote"
+    )
 
 
 @contextmanager

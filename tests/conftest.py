@@ -55,6 +55,7 @@ def small_run(tmp_path):
             "rollout.num_generations=4",
             "optim.per_device_train_batch_size=4",
             "optim.gradient_accumulation_steps=2",
+            "grpo.num_iterations=1",
             "sampling.num_inference_steps=6",
             "train.trackers=[]",
             "train.save_steps=1",

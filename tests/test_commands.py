@@ -88,6 +88,10 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
     assert 'src="http' not in page and "href=" not in page.replace('xlink:href="#', "")
     again = run(*command)
     assert again.returncode == 2 and "holds a report already" in again.stderr
+    command[-1], command[-3] = str(tmp_path / "joined"), f"{checkpoint},{checkpoint}"
+    joined = run(*command)
+    assert joined.returncode == 2 and "joins adapters of decoder and decoder" in joined.stderr
+    assert not (tmp_path / "joined").exists()
 
 
 WRONG = {

@@ -4,7 +4,6 @@ import json
 import random
 
 import numpy as np
-import pytest
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -20,11 +19,9 @@ from transformers import (
 
 from configs.quotes import quoted_spans
 from configs.rows import load_rows
-from configs.schema import EvalConfig
 from rewards.base import RewardInput
 from rewards.ocr import Ocr
 from tests.conftest import MODEL, ROOT
-from train.evaluation import bootstrap_interval
 from train.tiny import decoder_pretraining, world
 from train.tiny.parts import size_mib
 from train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
@@ -102,10 +99,3 @@ def test_colour_obedience_counts_background_and_shapes():
 def test_rows_round_trip():
     card = sample_card(random.Random(2))
     assert Card.from_row(json.loads(json.dumps(card.to_row()))) == card
-
-
-def test_bootstrap_interval_is_that_of_the_mean():
-    values = np.random.default_rng(0).normal(2, 1, 400)
-    low, high = bootstrap_interval([*values, float("nan")], EvalConfig())
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)

@@ -155,6 +155,8 @@ def test_a_resumed_run_ends_in_the_very_same_weights(small_run, stage, tmp_path)
     # a crash while writing leaves a partial folder, and a whole one of no name
     (parts / ".checkpoint-9.partial").mkdir()
     (parts / "checkpoint-7").mkdir()
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
     AcceleratorState._reset_state(True)
     train(small_run(stage, *common, f"output_dir={parts}", "train.resume=latest"))
     expected, reached, before = weights(whole, 3), weights(parts, 3), weights(parts, 2)
@@ -299,6 +301,21 @@ def test_a_second_run_does_not_write_over_the_first(small_run, tmp_path):
     with pytest.raises(UserError, match="of stage 'decoder', the config of 'ar'"):
         train(small_run("ar", "train.resume=latest"))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == written
+
+
+def test_going_back_to_an_older_checkpoint_needs_another_folder(small_run, tmp_path):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    train(small_run("decoder", "train.save_steps=1"))
+    older = run / "checkpoint-1"
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="is at step 1, but output_dir = .* holds checkpoint-2"):
+        train(small_run("decoder", f"train.resume={older}"))
+    AcceleratorState._reset_state(True)
+    common = [f"train.resume={older}", f"output_dir={branch}"]
+    assert train(small_run("decoder", "train.max_steps=1", *common)) == older, "nothing to do"
+    AcceleratorState._reset_state(True)
+    assert train(small_run("decoder", *common)) == branch / "checkpoint-2"
+    assert all(torch.equal(v, weights(branch, 2)[k]) for k, v in weights(run, 2).items())
 
 
 def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):

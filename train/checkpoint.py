@@ -30,11 +30,11 @@ def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, None for a fresh run.
+def find_resume(config: RunConfig) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and the rollouts it has done; (None, 0) for a fresh run.
 
-    Raises UserError when a fresh run would mix with an older one's checkpoints, and
-    when the named checkpoint is none.
+    Raises UserError when the run would mix with an older one's checkpoints, and when
+    the named checkpoint is none.
     """
     output_dir = Path(config.output_dir)
     done = complete_checkpoints(output_dir)
@@ -44,16 +44,22 @@ def find_resume(config: RunConfig) -> Path | None:
                 f"output_dir = {config.output_dir!r} holds {done[-1].name} already: "
                 "set train.resume=latest to go on, or another output_dir"
             )
-        return None
+        return None, 0
     if config.train.resume == "latest":
-        return done[-1] if done else None
+        return (done[-1], load_position(done[-1], config.stage)) if done else (None, 0)
     path = Path(config.train.resume)
     if not (path / _POSITION).is_file():
         raise UserError(
             f"train.resume = {config.train.resume!r} is no complete checkpoint: "
             "give 'latest' or a checkpoint-N folder"
         )
-    return path
+    step = load_position(path, config.stage)
+    if done and _step(done[-1]) > step:
+        raise UserError(
+            f"train.resume = {config.train.resume!r} is at step {step}, but output_dir = "
+            f"{config.output_dir!r} holds {done[-1].name}: give another output_dir"
+        )
+    return path, step
 
 
 def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, policy) -> Path:

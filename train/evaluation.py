@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from configs.errors import UserError
 from configs.rows import load_rows
 from configs.schema import EvalConfig, RunConfig
 from inference.engine import Engine
-from inference.model import load_adapter, load_pipeline
+from inference.model import adapter_stage, load_adapter, load_pipeline
 from inference.rollout import Request
 from rewards.base import RewardInput, score
 from rewards.registry import load_rewards
@@ -27,11 +28,18 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     differences to the base are paired.
     """
     rows = load_rows(config.data.eval)
-    names_seen = {r.metric_name: r for r in (*config.rewards, *config.eval.rewards)}
-    rewards = load_rewards(names_seen.values())
+    model_names = labels(models)
+    for checkpoints in models:  # what is wrong is told before hours of sampling
+        stages = [adapter_stage(c) for c in checkpoints]
+        if len(set(stages)) < len(stages):
+            raise UserError(
+                f"--checkpoint {','.join(checkpoints)} joins adapters of {' and '.join(stages)}: "
+                "give one of each stage"
+            )
+    reward_configs = {r.metric_name: r for r in (*config.rewards, *config.eval.rewards)}
+    rewards = load_rewards(reward_configs.values())
     results = {"stage": config.stage, "rows": [], "prompts": [r["prompt"] for r in rows]}
-    labels = ["base", *(label(m) for m in models)]
-    for name, checkpoints in zip(labels, [(), *models], strict=True):
+    for name, checkpoints in zip(["base", *model_names], [(), *models], strict=True):
         images = _generate(config, checkpoints, rows)
         scores = _score(rewards, rows, images)
         folder = output / name
@@ -57,10 +65,17 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     return results
 
 
-def label(checkpoints: tuple[str, ...]) -> str:
-    """A short name: the run's folder and the checkpoint's, joined by +."""
-    parts = [Path(c).resolve() for c in checkpoints]
-    return "+".join(f"{p.parent.name}-{p.name}" for p in parts)
+def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
+    """A name a model: its checkpoints' last folders, as many as tell the models apart.
+
+    Raises UserError when a model is given twice.
+    """
+    paths = [[Path(c).resolve().parts[1:] for c in checkpoints] for checkpoints in models]
+    for depth in range(2, 1 + max((len(p) for model in paths for p in model), default=2)):
+        names = ["+".join("-".join(p[-depth:]) for p in model) for model in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("--checkpoint names one model twice: give every model once")
 
 
 def _generate(config: RunConfig, checkpoints: Sequence[str], rows: Sequence[dict]) -> list[list]:

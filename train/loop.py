@@ -26,10 +26,9 @@ def train(config: RunConfig) -> Path:
 
     Raises UserError for anything the user can mend.
     """
-    run, start = prepare(config)
+    run, newest, start = prepare(config)
     log = MetricsLog(run.accelerator, Path(config.output_dir), start)
     watch = Watch(config.watch, log.history)
-    newest = None
     steps = tqdm(
         range(start, config.train.max_steps),
         initial=start,
@@ -48,7 +47,7 @@ def train(config: RunConfig) -> Path:
             newest = save(run, step + 1)
         heed_alarm(run, watch, metrics, step + 1)
     run.accelerator.end_training()
-    return newest or checkpoint.complete_checkpoints(Path(config.output_dir))[-1]
+    return newest
 
 
 def train_step(run: Run, step: int, first: bool = False) -> tuple[dict, list]:

@@ -57,10 +57,13 @@ class MetricsLog:
         self.path = output_dir / "metrics.jsonl"
         self.history: list[dict] = []  # of the steps before, in a resumed run
         if accelerator.is_main_process and self.path.exists():
-            # a resumed run rewrites what came after its checkpoint
-            steps = [json.loads(line) for line in self.path.read_text().splitlines()]
+            # a resumed run rewrites what came after its checkpoint, a line cut short too
+            whole = self.path.read_text().rpartition("\n")[0]
+            steps = [json.loads(line) for line in whole.splitlines()]
             self.history = [s for s in steps if s["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(s) + "\n" for s in self.history))
+            partial = self.path.with_name(".metrics.partial")
+            partial.write_text("".join(json.dumps(s) + "\n" for s in self.history))
+            partial.replace(self.path)
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         if not self.accelerator.is_main_process:

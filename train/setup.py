@@ -49,12 +49,14 @@ class Run:
         return mixed.get(self.config.train.mixed_precision, self.config.model.dtype)
 
 
-def prepare(config: RunConfig) -> tuple[Run, int]:
-    """Build the run, resume it if asked, and pass the gate; returns it and its first step."""
+def prepare(config: RunConfig) -> tuple[Run, Path | None, int]:
+    """Build the run, resume it if asked, and pass the gate.
+
+    Returns it, the checkpoint it goes on from, and its first step.
+    """
     rows = load_rows(config.data.train)
     load_rows(config.data.eval)
-    resume = checkpoint.find_resume(config)
-    start = checkpoint.load_position(resume, config.stage) if resume else 0
+    resume, start = checkpoint.find_resume(config)
     rewards, watched = load_rewards(config.rewards), load_rewards(config.watch.rewards)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
@@ -92,7 +94,7 @@ def prepare(config: RunConfig) -> tuple[Run, int]:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("duet")
-    return run, start
+    return run, resume, start
 
 
 def _assemble(config, accelerator, engine, module, rewards, watched, rows) -> Run:

@@ -1,0 +1,30 @@
+"""Names and intervals of an evaluation; the whole of it runs in test_commands.py."""
+
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from configs.schema import EvalConfig
+from train.evaluation import bootstrap_interval, labels
+
+
+def test_every_model_has_a_name_of_its_own():
+    ar, decoder = "/runs/a/ar/checkpoint-2", "/runs/a/decoder/checkpoint-4"
+    assert labels([]) == []
+    assert labels([(ar,), (ar, decoder)]) == [
+        "ar-checkpoint-2",
+        "ar-checkpoint-2+decoder-checkpoint-4",
+    ]
+    assert labels([(ar,), ("/runs/b/ar/checkpoint-2",)]) == [
+        "a-ar-checkpoint-2",
+        "b-ar-checkpoint-2",
+    ]
+    with pytest.raises(UserError, match="names one model twice"):
+        labels([(ar,), (ar,)])
+
+
+def test_bootstrap_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(2, 1, 400)
+    low, high = bootstrap_interval([*values, float("nan")], EvalConfig())
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
