@@ -318,6 +318,19 @@ def test_going_back_to_an_older_checkpoint_needs_another_folder(small_run, tmp_p
     assert all(torch.equal(v, weights(branch, 2)[k]) for k, v in weights(run, 2).items())
 
 
+def test_a_checkpoint_is_there_whole_or_not_at_all(small_run, tmp_path, monkeypatch):
+    def fills_the_disk(policy, stage, folder, base):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
+        broken.setattr("train.checkpoint.save_adapter", fills_the_disk)
+        train(small_run("decoder", "train.max_steps=1"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    AcceleratorState._reset_state(True)
+    again = train(small_run("decoder", "train.max_steps=1", "train.resume=latest"))
+    assert again == tmp_path / "run" / "checkpoint-1"
+
+
 def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):
     checkpoint = train(small_run("decoder", "train.max_steps=1"))
     (checkpoint / "state" / "optimizer.bin").write_bytes(b"PK cut short")
