@@ -32,10 +32,10 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     Raises UserError for a missing file, broken YAML, and for anything but a mapping.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {str(path)!r} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"config {str(path)!r} holds no mapping: begin with `stage: ar`")

@@ -18,7 +18,7 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
     rows = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
@@ -38,6 +38,8 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
         raise UserError(f'{where} needs a non-empty "prompt": {line.strip()[:80]}')
     for key in PICTURES:
         if row.get(key):
+            if not isinstance(row[key], str):
+                raise UserError(f"{where}: {key} = {row[key]!r} must be the path of a picture")
             picture = path.parent / row[key]
             if not picture.is_file():
                 raise UserError(f"{where}: {key} {str(picture)!r} does not exist")

@@ -214,9 +214,17 @@ class RunConfig:
     watch: WatchConfig = WatchConfig()
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         _require(len(self.rewards) > 0, "rewards", [], "at least one reward")
         names = [r.metric_name for r in self.rewards]
         _require(len(set(names)) == len(names), "rewards", names, "every name once: give a label")
+        names += [r.metric_name for r in self.eval.rewards]
+        _require(
+            len(set(names)) == len(names),
+            "rewards and eval.rewards",
+            names,
+            "every name once: an evaluation has the trained rewards anyway; give others a label",
+        )
         if self.stage == "ar":
             temperature = self.sampling.temperature
             _require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from configs.errors import UserError, exit_on_user_error
+from configs.errors import UserError, exit_on_user_error, require_folder
 from configs.rows import load_rows
 from configs.schema import SamplingConfig
 
@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def generate(options: argparse.Namespace, prompts: list[str]) -> list[Path]:
     """Write one PNG a picture; returns their paths. Existing files are never replaced."""
+    folder = Path(options.output)
+    require_folder("--output", folder)
     from inference.engine import Engine  # torch loads slowly: after the options are known good
     from inference.model import generation_defaults, load_adapter, load_pipeline
     from inference.rollout import Request
@@ -73,7 +75,6 @@ def generate(options: argparse.Namespace, prompts: list[str]) -> list[Path]:
     engine = Engine(pipeline, sampling, batch_size=options.batch_size)
     seeds = tuple(range(options.seed, options.seed + options.num_images))
     requests = [Request(p, seeds, sampling.height, sampling.width) for p in prompts]
-    folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, rollout in enumerate(engine.generate(requests)):

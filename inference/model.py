@@ -10,6 +10,7 @@ import torch
 from diffusers import GlmImagePipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 
 from configs.errors import UserError
 from inference.attention import FLOAT64_SUMS
@@ -131,6 +132,23 @@ def load_adapter(pipeline: GlmImagePipeline, checkpoint: str | Path) -> str:
         raise _damaged(checkpoint, error) from error
     module.requires_grad_(False).eval()
     return stage
+
+
+def resume_adapter(pipeline: GlmImagePipeline, checkpoint: str | Path) -> None:
+    """`load_adapter` to train on: float32, the very weights that were saved.
+
+    The libraries' loaders round them to the dtype of the base.
+    """
+    module = module_of(pipeline, load_adapter(pipeline, checkpoint))
+    file = next(adapter_folder(checkpoint).glob("*.safetensors"))
+    saved = {
+        name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): value
+        for name, value in load_file(file).items()
+    }
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = saved[name].to(parameter.device, torch.float32)
+            parameter.requires_grad_(True)
 
 
 def adapter_folder(checkpoint: str | Path) -> Path:

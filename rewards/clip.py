@@ -1,5 +1,6 @@
 """The open_clip towers that several rewards share, read when first needed."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -110,12 +111,14 @@ def _read(model: str, pretrained: str | None, device: torch.device, dtype: torch
 
 
 def picked_device(name: str) -> torch.device:
-    """`auto` is the current GPU, or the CPU where there is none.
+    """`auto` is this process's GPU (LOCAL_RANK), or the CPU where there is none.
 
     Raises UserError for what is no device, and for a GPU where torch sees none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     try:
         device = torch.device(name)
     except RuntimeError as error:

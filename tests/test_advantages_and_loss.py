@@ -9,6 +9,7 @@ from torch.distributions import Categorical, kl_divergence
 from configs.schema import GrpoConfig
 from train.advantages import group_advantages
 from train.loss import DR_GRPO_LENGTH, importance_ratio, k3_kl, policy_loss
+from train.metrics import reward_metrics
 
 NAN = float("nan")
 ONE = torch.ones(1)
@@ -45,6 +46,14 @@ def test_nan_leaves_the_sample_out_and_is_no_zero():
     assert values.tolist() == pytest.approx([-1.7071, 0.0, 1.7071], abs=1e-3)
     summed = group_advantages(both, torch.ones(2), ids, sum_first=True).values
     assert summed.tolist() == pytest.approx([-0.7071, 0.0, 0.7071], abs=1e-3)
+
+
+def test_a_reward_of_no_weight_takes_no_sample_away():
+    scores, ids = torch.tensor([[2.0, NAN], [4.0, 1.0]]), torch.zeros(2, dtype=torch.long)
+    weights = torch.tensor([1.0, 0.0])
+    alone = group_advantages(scores[:, :1], ONE, ids, sum_first=True).values
+    assert group_advantages(scores, weights, ids, sum_first=True).values.tolist() == alone.tolist()
+    assert reward_metrics(scores, weights, ["a", "b"], ids)["reward"] == 3
 
 
 def test_a_group_without_spread_gives_zero_and_is_counted():

@@ -35,6 +35,8 @@ def test_overrides_reach_nested_keys_and_read_exponents_as_numbers():
         ("optim.learning_rate=fast", "optim.learning_rate = 'fast' must be of type float"),
         ("optim.learning_rate=.nan", "must be finite"),
         ("seed=1.5", "seed = 1.5 must be of type int"),
+        ("seed=-1", "seed = -1 is out of range: allowed is 0 to 2**32 - 1"),
+        ("eval.rewards=[{name: alignment}]", "every name once: an evaluation has the trained"),
         ("seed=true", "seed = True must be of type int"),
         ("sampling.height=70", "sampling.height = 70 is out of range: allowed is a multiple of 32"),
         ("sampling.top_p=0", "sampling.top_p = 0.0 is out of range"),

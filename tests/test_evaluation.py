@@ -5,12 +5,13 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import EvalConfig
-from train.evaluation import bootstrap_interval, labels
+from train.evaluation import _summary, bootstrap_interval, labels
 
 
 def test_every_model_has_a_name_of_its_own():
     ar, decoder = "/runs/a/ar/checkpoint-2", "/runs/a/decoder/checkpoint-4"
     assert labels([]) == []
+    assert labels([("/checkpoint-5",)]) == ["checkpoint-5"]
     assert labels([(ar,), (ar, decoder)]) == [
         "ar-checkpoint-2",
         "ar-checkpoint-2+decoder-checkpoint-4",
@@ -28,3 +29,8 @@ def test_bootstrap_interval_is_that_of_the_mean():
     low, high = bootstrap_interval([*values, float("nan")], EvalConfig())
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def test_a_picture_without_a_score_is_no_imperfect_one():
+    scores = [[1.0, float("nan")], [0.5, float("nan")]]
+    assert _summary(scores, None, EvalConfig())["perfect"] == 0.5

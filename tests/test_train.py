@@ -18,7 +18,13 @@ from configs.schema import SamplingConfig, SdeConfig
 from inference import decoder, flow
 from inference import engine as engine_module
 from inference.engine import Engine
-from inference.model import add_adapter, load_pipeline, module_of
+from inference.model import (
+    add_adapter,
+    load_pipeline,
+    module_of,
+    resume_adapter,
+    save_adapter,
+)
 from tests.conftest import MODEL, ROOT, SAMPLING
 from train import gate
 from train.checkpoint import complete_checkpoints
@@ -329,6 +335,48 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(small_run, tmp_path, monkeypa
     AcceleratorState._reset_state(True)
     again = train(small_run("decoder", "train.max_steps=1", "train.resume=latest"))
     assert again == tmp_path / "run" / "checkpoint-1"
+
+
+def test_a_resumed_run_keeps_what_its_state_was_made_for(small_run, tmp_path):
+    saved = train(small_run("decoder", "train.max_steps=1"))
+    for override, message in (
+        ("optim.learning_rate=0.5", "optim.learning_rate = 0.5, but checkpoint .* with 0.001"),
+        ("lora.rank=2", "lora.rank = 2, but"),
+        ("seed=9", "seed = 9, but"),
+        ("rollout.num_generations=8", "rollout.num_generations = 8, but"),
+    ):
+        AcceleratorState._reset_state(True)
+        with pytest.raises(UserError, match=message):
+            train(small_run("decoder", "train.resume=latest", override))
+    position = json.loads((saved / "trainer_state.json").read_text())
+    (saved / "trainer_state.json").write_text(json.dumps(position | {"num_processes": 2}))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="1 processes, but checkpoint .* with 2: launch that many"):
+        train(small_run("decoder", "train.resume=latest"))
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_a_low_precision_base_resumes_the_very_weights(small_run, stage, tmp_path):
+    saved = train(small_run(stage, "train.max_steps=1", "optim.learning_rate=0.01"))
+    pipeline = load_pipeline(str(MODEL), "bfloat16")
+    resume_adapter(pipeline, saved)
+    module = module_of(pipeline, stage)
+    resumed = {n: p for n, p in module.named_parameters() if "lora_" in n}
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in resumed.values())
+    save_adapter(module, stage, tmp_path / "again", str(MODEL))
+    (again,) = (tmp_path / "again").glob("*.safetensors")
+    expected = weights(tmp_path / "run", 1)
+    assert load_file(again).keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in load_file(again).items())
+
+
+def test_metrics_of_an_unsaved_run_are_not_erased(small_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text('{"step": 1, "reward": 0.5}\n')
+    with pytest.raises(UserError, match="holds the metrics of a run without a checkpoint"):
+        train(small_run("decoder", "train.max_steps=1"))
+    assert log.read_text() == '{"step": 1, "reward": 0.5}\n'
 
 
 def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):

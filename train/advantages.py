@@ -32,7 +32,7 @@ def group_advantages(
     """
     scores = scores.float()
     if sum_first:
-        scores = (scores * weights).sum(-1, keepdim=True)  # NaN stays NaN
+        scores = weighted(scores, weights).sum(-1, keepdim=True)  # NaN stays NaN
         weights = torch.ones(1)
     values = torch.zeros(len(scores))
     groups = group_ids.unique()
@@ -43,6 +43,11 @@ def group_advantages(
         values[members] = (normalised * weights).sum(-1)
         flat_groups += not bool((spread & (weights != 0)).any())
     return Advantages(values, flat_groups / len(groups))
+
+
+def weighted(scores: Tensor, weights: Tensor) -> Tensor:
+    """scores * weights, [B, R]; what weighs nothing adds 0, scored or not."""
+    return torch.where(weights == 0, 0.0, scores * weights)
 
 
 def _normalise(scores: Tensor, scale: bool) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,14 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from configs.errors import UserError
+from configs.errors import UserError, require_folder
 from configs.schema import RunConfig
 from inference.model import save_adapter
+from train.metrics import read_metrics
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _POSITION = "trainer_state.json"
@@ -37,6 +39,7 @@ def find_resume(config: RunConfig) -> tuple[Path | None, int]:
     the named checkpoint is none.
     """
     output_dir = Path(config.output_dir)
+    require_folder("output_dir", output_dir)
     done = complete_checkpoints(output_dir)
     if config.train.resume is None:
         if done:
@@ -44,20 +47,25 @@ def find_resume(config: RunConfig) -> tuple[Path | None, int]:
                 f"output_dir = {config.output_dir!r} holds {done[-1].name} already: "
                 "set train.resume=latest to go on, or another output_dir"
             )
+        if read_metrics(output_dir):
+            raise UserError(
+                f"output_dir = {config.output_dir!r} holds the metrics of a run without a "
+                "checkpoint: set train.resume=latest to begin it again, or another output_dir"
+            )
         return None, 0
     if config.train.resume == "latest":
-        return (done[-1], load_position(done[-1], config.stage)) if done else (None, 0)
+        return (done[-1], _position(done[-1], config)) if done else (None, 0)
     path = Path(config.train.resume)
     if not (path / _POSITION).is_file():
         raise UserError(
             f"train.resume = {config.train.resume!r} is no complete checkpoint: "
             "give 'latest' or a checkpoint-N folder"
         )
-    step = load_position(path, config.stage)
-    if done and _step(done[-1]) > step:
+    step = _position(path, config)
+    if done and done[-1].resolve() != path.resolve():
         raise UserError(
             f"train.resume = {config.train.resume!r} is at step {step}, but output_dir = "
-            f"{config.output_dir!r} holds {done[-1].name}: give another output_dir"
+            f"{config.output_dir!r} holds {done[-1].name} besides: give another output_dir"
         )
     return path, step
 
@@ -96,18 +104,47 @@ def leave_weights_to_the_adapter(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
 
-def load_position(checkpoint: Path, stage: str) -> int:
+# what the optimizer, the schedule and the order of the prompts were made for
+_KEPT = ("seed", "lora", "optim", "rollout.prompts_per_step", "rollout.num_generations")
+_KEPT += ("grpo.num_iterations",)
+
+
+def _position(checkpoint: Path, config: RunConfig) -> int:
     """The number of rollouts done. Raises UserError for a damaged or foreign checkpoint."""
     try:
         position = json.loads((checkpoint / _POSITION).read_text())
-        step, saved_stage = int(position["step"]), position["stage"]
-    except (OSError, ValueError, KeyError) as error:
+        step, stage = int(position["step"]), position["stage"]
+        saved = _flat(position["config"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {str(checkpoint)!r} is damaged: {error!r}") from error
-    if saved_stage != stage:
+    if stage != config.stage:
         raise UserError(
-            f"checkpoint {str(checkpoint)!r} is of stage {saved_stage!r}, the config of {stage!r}"
+            f"checkpoint {str(checkpoint)!r} is of stage {stage!r}, the config of {config.stage!r}"
         )
+    for name, value in _flat(json.loads(json.dumps(asdict(config)))).items():
+        kept = any(name == k or name.startswith(f"{k}.") for k in _KEPT)
+        if kept and saved.get(name, value) != value:
+            raise UserError(
+                f"{name} = {value!r}, but checkpoint {str(checkpoint)!r} was trained with "
+                f"{saved[name]!r}: give that to go on, or begin a new run in another output_dir"
+            )
     return step
+
+
+def _flat(tree: dict) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
+    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
+    return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
+
+
+def require_processes(checkpoint: Path, processes: int) -> None:
+    """The schedule counts updates, and each process has its own RNG: their number must stay."""
+    trained = json.loads((checkpoint / _POSITION).read_text()).get("num_processes", processes)
+    if trained != processes:
+        raise UserError(
+            f"{processes} processes, but checkpoint {str(checkpoint)!r} was trained with "
+            f"{trained}: launch that many"
+        )
 
 
 def load_state(accelerator: Accelerator, checkpoint: Path) -> None:

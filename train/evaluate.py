@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from configs.errors import UserError, exit_on_user_error
+from configs.errors import UserError, exit_on_user_error, require_folder
 from configs.load import load_config
 
 
@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     output = Path(options.output or Path(config.output_dir) / "evaluation")
+    require_folder("--output", output)
     if (output / "results.json").exists():
         raise UserError(f"--output = {str(output)!r} holds a report already: name another folder")
     from train.evaluation import evaluate, text_table  # torch loads slowly
@@ -29,9 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
     results = evaluate(config, models, output)
-    (output / "results.json").write_text(json.dumps(results, indent=1))
     page = write_report(results, output)
     write_strip(results, output)
+    (output / "results.json").write_text(json.dumps(results, indent=1))
     print(text_table(results))
     print(f"report: {page}")
 

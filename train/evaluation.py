@@ -36,9 +36,13 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
                 f"--checkpoint {','.join(checkpoints)} joins adapters of {' and '.join(stages)}: "
                 "give one of each stage"
             )
-    reward_configs = {r.metric_name: r for r in (*config.rewards, *config.eval.rewards)}
-    rewards = load_rewards(reward_configs.values())
-    results = {"stage": config.stage, "rows": [], "prompts": [r["prompt"] for r in rows]}
+    rewards = load_rewards((*config.rewards, *config.eval.rewards))
+    results = {
+        "stage": config.stage,
+        "confidence": config.eval.confidence,
+        "prompts": [r["prompt"] for r in rows],
+        "rows": [],
+    }
     for name, checkpoints in zip(["base", *model_names], [(), *models], strict=True):
         images = _generate(config, checkpoints, rows)
         scores = _score(rewards, rows, images)
@@ -71,7 +75,7 @@ def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
     Raises UserError when a model is given twice.
     """
     paths = [[Path(c).resolve().parts[1:] for c in checkpoints] for checkpoints in models]
-    for depth in range(2, 1 + max((len(p) for model in paths for p in model), default=2)):
+    for depth in range(2, 1 + max([2, *(len(p) for model in paths for p in model)])):
         names = ["+".join("-".join(p[-depth:]) for p in model) for model in paths]
         if len(set(names)) == len(names):
             return names
@@ -114,12 +118,12 @@ def _score(rewards: dict, rows: Sequence[dict], images: Sequence[list]) -> dict[
 
 
 def _summary(scores: list, base: list | None, config: EvalConfig) -> dict:
-    """Means over prompts; `perfect`: the share of single pictures that score exactly 1."""
-    values = _prompt_means(scores)
+    """Means over prompts; `perfect`: the share of the scored pictures that score exactly 1."""
+    values, single = _prompt_means(scores), np.array(scores, dtype=float)
     summary = {
         "mean": float(np.nanmean(values)),
         "interval": bootstrap_interval(values, config),
-        "perfect": float(np.mean(np.array(scores) == 1)),
+        "perfect": float((single == 1).sum() / max(1, (~np.isnan(single)).sum())),
     }
     if base is not None:
         change = values - _prompt_means(base)

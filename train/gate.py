@@ -1,5 +1,6 @@
 """What must hold before the first update; otherwise training refuses to start."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,8 +63,12 @@ def reference_difference(engine: Engine, prompt: str, height: int, width: int) -
 
 @torch.no_grad()
 def check_ratio(stage, rollouts: Sequence[Rollout], model, dtype: str) -> float:
-    """Recomputed log-probs equal the rollout's for every sample; returns the worst difference."""
+    """Recomputed log-probs equal the rollout's for every sample; returns the worst difference.
+
+    In low precision too, none may begin outside the range in which the ratio is not clipped.
+    """
     allowed = stage.tolerance_nats * _LOGPROB_FACTOR[dtype]
+    allowed = min(allowed, math.log1p(stage.config.grpo.epsilon))
     worst = 0.0
     for rollout in rollouts:
         scored = stage.score([rollout], model, with_kl=False)

@@ -27,7 +27,7 @@ def train(config: RunConfig) -> Path:
     Raises UserError for anything the user can mend.
     """
     run, newest, start = prepare(config)
-    log = MetricsLog(run.accelerator, Path(config.output_dir), start)
+    log = MetricsLog(run.accelerator, Path(config.output_dir), newest, start)
     watch = Watch(config.watch, log.history)
     steps = tqdm(
         range(start, config.train.max_steps),
@@ -89,8 +89,11 @@ def train_step(run: Run, step: int, first: bool = False) -> tuple[dict, list]:
         "reward": sampled.reward_seconds,
         "update": update_seconds,
     }
-    metrics |= {f"{phase}/seconds": value for phase, value in seconds.items()}
-    metrics |= {f"{p}/samples_per_second": len(scores) / value for p, value in seconds.items()}
+    # the slowest process holds up the others
+    slowest = _gather(torch.tensor([list(seconds.values())])).amax(0).tolist()
+    for phase, value in zip(seconds, slowest, strict=True):
+        metrics[f"{phase}/seconds"] = value
+        metrics[f"{phase}/samples_per_second"] = len(all_scores) / value
     metrics["reward/wait_seconds"] = sampled.wait_seconds
     return metrics, [i for r in rollouts for i in r.images]
 
@@ -108,7 +111,9 @@ def watched_metrics(run: Run, scores: torch.Tensor, rollouts: Sequence[Rollout])
 def require_scores(run: Run, scores: torch.Tensor, step: int) -> None:
     """End the run, with a checkpoint, when a trained reward leaves out too many samples."""
     allowed = run.config.train.max_not_scored
-    for name, column in zip(run.rewards, scores.T, strict=False):
+    for name, weight, column in zip(run.rewards, run.weights, scores.T, strict=False):
+        if weight == 0:
+            continue  # nothing is trained on it
         share = float(column.isnan().float().mean())
         if share > allowed:
             saved = save(run, step)

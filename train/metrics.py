@@ -17,6 +17,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from configs.schema import RunConfig
+from train.advantages import weighted
 
 _WANDB_HOST = "api.wandb.ai"
 
@@ -48,20 +49,33 @@ def _wandb_login() -> bool:
         return False
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The steps that a run has logged, [] before the first; a line cut short is none."""
+    path = run / METRICS_FILE
+    whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 class MetricsLog:
     """The main process writes; the others' calls do nothing."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, resumed: Path | None, first_step: int
+    ) -> None:
+        """`resumed`: the checkpoint that the run goes on from, beside its run's metrics."""
         self.accelerator = accelerator
         self.folder = output_dir
-        self.path = output_dir / "metrics.jsonl"
+        self.path = output_dir / METRICS_FILE
         self.history: list[dict] = []  # of the steps before, in a resumed run
-        if accelerator.is_main_process and self.path.exists():
-            # a resumed run rewrites what came after its checkpoint, a line cut short too
-            whole = self.path.read_text().rpartition("\n")[0]
-            steps = [json.loads(line) for line in whole.splitlines()]
-            self.history = [s for s in steps if s["step"] <= first_step]
-            partial = self.path.with_name(".metrics.partial")
+        if accelerator.is_main_process:
+            if resumed:
+                # what came after the checkpoint is done again
+                steps = read_metrics(resumed.parent)
+                self.history = [s for s in steps if s["step"] <= first_step]
+            partial = self.path.with_name(f".{METRICS_FILE}.partial")
             partial.write_text("".join(json.dumps(s) + "\n" for s in self.history))
             partial.replace(self.path)
 
@@ -118,7 +132,7 @@ def reward_metrics(
     Scores [B, R] of all processes. A NaN is left out, with the sums it stands in, and
     counted as `rewards/<name>/not_scored`; what nothing is left of is NaN.
     """
-    total = (scores * weights).sum(-1)
+    total = weighted(scores, weights).sum(-1)
     stds = torch.stack([_std(total[group_ids == g]) for g in group_ids.unique()])
     metrics = {"reward": float(total.nanmean()), "reward_std": float(stds.nanmean())}
     for i, name in enumerate(names):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from train.metrics import image_grid
+from train.metrics import image_grid, read_metrics
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
@@ -35,6 +34,7 @@ def write_report(results: dict[str, Any], output: Path) -> Path:
     ]
     page = template.render(
         stage=results["stage"],
+        confidence=results["confidence"],
         rows=rows,
         rewards=list(rows[0]["metrics"]),
         prompts=len(results["prompts"]),
@@ -74,9 +74,8 @@ def _curves(rows: list[dict]) -> list[dict]:
     runs = {Path(c).resolve().parent for row in rows for c in row["checkpoints"]}
     curves = []
     for run in sorted(runs):
-        log = run / "metrics.jsonl"
-        if log.is_file():
-            steps = [json.loads(line) for line in log.read_text().splitlines()]
+        steps = read_metrics(run)
+        if steps:
             curves.append({"run": run.name, "svg": _chart(steps)})
     return curves
 

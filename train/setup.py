@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.rows import load_rows
 from configs.schema import RunConfig
 from inference.engine import Engine
-from inference.model import add_adapter, load_adapter, load_pipeline, module_of, pick_device
+from inference.model import add_adapter, load_pipeline, module_of, pick_device, resume_adapter
 from rewards.base import Reward
 from rewards.registry import load_rewards
 from train import checkpoint, gate
@@ -67,6 +67,8 @@ def prepare(config: RunConfig) -> tuple[Run, Path | None, int]:
         step_scheduler_with_optimizer=False,
     )
     _check_batches(config, accelerator.num_processes)
+    if resume:
+        checkpoint.require_processes(resume, accelerator.num_processes)
     set_seed(config.seed)
     pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
     engine = Engine(
@@ -82,8 +84,7 @@ def prepare(config: RunConfig) -> tuple[Run, Path | None, int]:
     )
     module = module_of(pipeline, config.stage)
     if resume:
-        load_adapter(pipeline, resume)
-        _require_lora_gradients(module)
+        resume_adapter(pipeline, resume)
     else:
         lora = config.lora
         add_adapter(module, config.stage, lora.rank, lora.alpha, lora.target_modules)
@@ -140,13 +141,6 @@ def _samples_per_process(config: RunConfig, processes: int) -> int:
 def _samples_per_update(config: RunConfig) -> int:
     """On one process."""
     return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
-
-
-def _require_lora_gradients(module: torch.nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
 
 
 def _check_batches(config: RunConfig, processes: int) -> None:
