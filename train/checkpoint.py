@@ -105,8 +105,14 @@ def leave_weights_to_the_adapter(accelerator: Accelerator) -> None:
 
 
 # what the optimizer, the schedule and the order of the prompts were made for
-_KEPT = ("seed", "lora", "optim", "rollout.prompts_per_step", "rollout.num_generations")
-_KEPT += ("grpo.num_iterations",)
+_KEPT = (
+    "seed",
+    "lora",
+    "optim",
+    "rollout.prompts_per_step",
+    "rollout.num_generations",
+    "grpo.num_iterations",
+)
 
 
 def _position(checkpoint: Path, config: RunConfig) -> int:
