@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from configs.errors import UserError
 
 PICTURES = ("image", "source")  # keys of a row that name picture files
@@ -25,6 +27,15 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"prompt file {str(path)!r} is empty: give one JSON object a line")
     return rows
+
+
+def read_picture(path: str) -> Image.Image:
+    """A row's picture in RGB. Raises UserError for one that cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise UserError(f"picture {path!r} of a row cannot be read: {error}") from error
 
 
 def _row(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Option names are TRL's (GRPOConfig) where TRL has the option.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -148,6 +149,11 @@ class RewardConfig:
         return self.label or (short if self.view == "full" else f"{short}_{self.view}")
 
 
+def _require_names_once(name: str, rewards: Sequence[RewardConfig], allowed: str) -> None:
+    names = [r.metric_name for r in rewards]
+    _require(len(set(names)) == len(names), name, names, allowed)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     max_steps: int = 100  # rollouts
@@ -190,9 +196,10 @@ class WatchConfig:
     def __post_init__(self) -> None:
         _require(self.window >= 1, "watch.window", self.window, ">= 1")
         _require(self.drop > 0, "watch.drop", self.drop, "> 0")
-        names = [r.metric_name for r in self.rewards]
-        _require(len(set(names)) == len(names), "watch.rewards", names, "every name once")
-        _require(bool(names) or not self.stop, "watch.stop", True, "false without watch.rewards")
+        _require_names_once("watch.rewards", self.rewards, "every name once")
+        _require(
+            bool(self.rewards) or not self.stop, "watch.stop", True, "false without watch.rewards"
+        )
 
 
 @dataclass(frozen=True)
@@ -216,13 +223,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         _require(len(self.rewards) > 0, "rewards", [], "at least one reward")
-        names = [r.metric_name for r in self.rewards]
-        _require(len(set(names)) == len(names), "rewards", names, "every name once: give a label")
-        names += [r.metric_name for r in self.eval.rewards]
-        _require(
-            len(set(names)) == len(names),
+        _require_names_once("rewards", self.rewards, "every name once: give a label")
+        _require_names_once(
             "rewards and eval.rewards",
-            names,
+            (*self.rewards, *self.eval.rewards),
             "every name once: an evaluation has the trained rewards anyway; give others a label",
         )
         if self.stage == "ar":

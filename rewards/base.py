@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from configs.errors import UserError
+from configs.rows import read_picture
 
 
 def _whole(image: Image.Image) -> Image.Image:
@@ -38,9 +39,7 @@ class RewardInput:
         path = self.row.get(key)
         if not path:
             return None
-        with Image.open(path) as opened:
-            whole = opened.convert("RGB").resize(self.size or self.image.size)
-        return self.look(whole)
+        return self.look(read_picture(path).resize(self.size or self.image.size))
 
 
 class Reward(Protocol):

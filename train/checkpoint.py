@@ -32,7 +32,7 @@ def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def find_resume(config: RunConfig) -> tuple[Path | None, int]:
+def find_resume(config: RunConfig, processes: int) -> tuple[Path | None, int]:
     """The checkpoint to go on from and the rollouts it has done; (None, 0) for a fresh run.
 
     Raises UserError when the run would mix with an older one's checkpoints, and when
@@ -54,14 +54,14 @@ def find_resume(config: RunConfig) -> tuple[Path | None, int]:
             )
         return None, 0
     if config.train.resume == "latest":
-        return (done[-1], _position(done[-1], config)) if done else (None, 0)
+        return (done[-1], _position(done[-1], config, processes)) if done else (None, 0)
     path = Path(config.train.resume)
     if not (path / _POSITION).is_file():
         raise UserError(
             f"train.resume = {config.train.resume!r} is no complete checkpoint: "
             "give 'latest' or a checkpoint-N folder"
         )
-    step = _position(path, config)
+    step = _position(path, config, processes)
     if done and done[-1].resolve() != path.resolve():
         raise UserError(
             f"train.resume = {config.train.resume!r} is at step {step}, but output_dir = "
@@ -115,17 +115,22 @@ _KEPT = (
 )
 
 
-def _position(checkpoint: Path, config: RunConfig) -> int:
+def _position(checkpoint: Path, config: RunConfig, processes: int) -> int:
     """The number of rollouts done. Raises UserError for a damaged or foreign checkpoint."""
     try:
         position = json.loads((checkpoint / _POSITION).read_text())
         step, stage = int(position["step"]), position["stage"]
-        saved = _flat(position["config"])
+        trained, saved = position["num_processes"], _flat(position["config"])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {str(checkpoint)!r} is damaged: {error!r}") from error
     if stage != config.stage:
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is of stage {stage!r}, the config of {config.stage!r}"
+        )
+    if trained != processes:  # the schedule counts updates, and each process has its RNG
+        raise UserError(
+            f"{processes} processes, but checkpoint {str(checkpoint)!r} was trained with "
+            f"{trained}: launch that many"
         )
     for name, value in _flat(json.loads(json.dumps(asdict(config)))).items():
         kept = any(name == k or name.startswith(f"{k}.") for k in _KEPT)
@@ -141,16 +146,6 @@ def _flat(tree: dict) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
     sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
     return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
-
-
-def require_processes(checkpoint: Path, processes: int) -> None:
-    """The schedule counts updates, and each process has its own RNG: their number must stay."""
-    trained = json.loads((checkpoint / _POSITION).read_text()).get("num_processes", processes)
-    if trained != processes:
-        raise UserError(
-            f"{processes} processes, but checkpoint {str(checkpoint)!r} was trained with "
-            f"{trained}: launch that many"
-        )
 
 
 def load_state(accelerator: Accelerator, checkpoint: Path) -> None:

@@ -48,11 +48,10 @@ def write_report(results: dict[str, Any], output: Path) -> Path:
 
 def write_strip(results: dict[str, Any], output: Path) -> Path:
     """`output/before_after.png`: the first prompts, the base above, the last model below."""
-    per_prompt = len(results["rows"][0]["images"]) // len(results["prompts"])
     chosen = [
         Image.open(output / path)
         for row in (results["rows"][0], results["rows"][-1])
-        for path in row["images"][::per_prompt][:_STRIP]
+        for path in _first_pictures(row, results)[:_STRIP]
     ]
     path = output / "before_after.png"
     image_grid(chosen, len(chosen) // 2).save(path)
@@ -60,13 +59,17 @@ def write_strip(results: dict[str, Any], output: Path) -> Path:
 
 
 def _picture(row: dict, results: dict, index: int, output: Path) -> dict:
-    per_prompt = len(row["images"]) // len(results["prompts"])
-    data = (output / row["images"][index * per_prompt]).read_bytes()
+    data = (output / _first_pictures(row, results)[index]).read_bytes()
     return {
         "model": row["model"],
         "source": "data:image/png;base64," + base64.b64encode(data).decode(),
         "scores": {name: values[index][0] for name, values in row["scores"].items()},
     }
+
+
+def _first_pictures(row: dict, results: dict) -> list[str]:
+    """Each prompt's first picture, relative to the report's folder."""
+    return row["images"][:: len(row["images"]) // len(results["prompts"])]
 
 
 def _curves(rows: list[dict]) -> list[dict]:

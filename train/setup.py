@@ -56,8 +56,6 @@ def prepare(config: RunConfig) -> tuple[Run, Path | None, int]:
     """
     rows = load_rows(config.data.train)
     load_rows(config.data.eval)
-    resume, start = checkpoint.find_resume(config)
-    rewards, watched = load_rewards(config.rewards), load_rewards(config.watch.rewards)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.optim.gradient_accumulation_steps,
@@ -67,8 +65,8 @@ def prepare(config: RunConfig) -> tuple[Run, Path | None, int]:
         step_scheduler_with_optimizer=False,
     )
     _check_batches(config, accelerator.num_processes)
-    if resume:
-        checkpoint.require_processes(resume, accelerator.num_processes)
+    resume, start = checkpoint.find_resume(config, accelerator.num_processes)
+    rewards, watched = load_rewards(config.rewards), load_rewards(config.watch.rewards)
     set_seed(config.seed)
     pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
     engine = Engine(

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.rows import read_picture
 from configs.schema import RunConfig
 from inference.decoder import step_kl
 from inference.engine import Engine
@@ -97,7 +96,7 @@ class DecoderStage:
     def _priors(self, groups: Sequence[Group]) -> list[Tensor]:
         height, width = self.config.sampling.height, self.config.sampling.width
         priors: list[Tensor | None] = [
-            self.engine.encode_prior(_reference(g.row["image"]), height, width)
+            self.engine.encode_prior(read_picture(g.row["image"]), height, width)
             if g.row.get("image")
             else None
             for g in groups
@@ -136,13 +135,6 @@ class DecoderStage:
                 kls.append(step_kl(mean, mean_ref, std, new.shape[1]))
         kl = torch.cat(kls) if with_kl else None
         return Scored(torch.cat(logprobs), torch.cat(old), kl, None)
-
-
-def _reference(path: str) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise UserError(f"image {path!r} of a row cannot be read: {error}") from error
 
 
 def select_samples(rollout: Rollout, index: Sequence[int]) -> Rollout:
