@@ -19,9 +19,9 @@ test: install
 
 # decoder stage, AR stage, then base, each checkpoint and both together on held-out prompts
 define pipeline
-	$(RUN) -m train $(CONFIGS)/decoder.yaml seed=$(SEED) output_dir=$(OUT)/decoder train.max_steps=$(1) train.resume=latest
-	$(RUN) -m train $(CONFIGS)/ar.yaml seed=$(SEED) output_dir=$(OUT)/ar train.max_steps=$(2) train.resume=latest
-	$(RUN) -m train.evaluate $(CONFIGS)/decoder.yaml --output $(OUT)/report \
+	$(RUN) -m duet.train $(CONFIGS)/decoder.yaml seed=$(SEED) output_dir=$(OUT)/decoder train.max_steps=$(1) train.resume=latest
+	$(RUN) -m duet.train $(CONFIGS)/ar.yaml seed=$(SEED) output_dir=$(OUT)/ar train.max_steps=$(2) train.resume=latest
+	$(RUN) -m duet.train.evaluate $(CONFIGS)/decoder.yaml --output $(OUT)/report \
 	  --checkpoint $(OUT)/decoder/checkpoint-$(1) --checkpoint $(OUT)/ar/checkpoint-$(2) \
 	  --checkpoint $(OUT)/ar/checkpoint-$(2),$(OUT)/decoder/checkpoint-$(1)
 endef

@@ -9,9 +9,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-
-from configs.errors import UserError
-from configs.schema import RunConfig
+from duet.configs.errors import UserError
+from duet.configs.schema import RunConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.errors import UserError
+from duet.configs.errors import UserError
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

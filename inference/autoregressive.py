@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from duet.inference.layout import Grid, grid_positions, prompt_positions
+from duet.inference.rollout import TokenTrajectory, seeded
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-
-from inference.layout import Grid, grid_positions, prompt_positions
-from inference.rollout import TokenTrajectory, seeded
 
 
 def policy_logprobs(

@@ -7,13 +7,12 @@ import numpy as np
 import torch
 from diffusers import GlmImagePipeline
 from diffusers.image_processor import VaeImageProcessor
+from duet.configs.quotes import quoted_spans
+from duet.configs.schema import SdeConfig
+from duet.inference.flow import SDE_STEPS, Schedule, gaussian_kl, gaussian_logprob, ode_step
+from duet.inference.rollout import LatentTrajectory
 from PIL import Image
 from torch import Tensor
-
-from configs.quotes import quoted_spans
-from configs.schema import SdeConfig
-from inference.flow import SDE_STEPS, Schedule, gaussian_kl, gaussian_logprob, ode_step
-from inference.rollout import LatentTrajectory
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from diffusers import GlmImagePipeline
+from duet.configs.errors import UserError
+from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.inference import autoregressive, decoder
+from duet.inference.decoder import Conditions
+from duet.inference.flow import Schedule, make_schedule
+from duet.inference.layout import generation_grids, large_grid, split_grids, upsample_prior
+from duet.inference.rollout import LatentTrajectory, Request, Rollout, TokenTrajectory, seeded
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-
-from configs.errors import UserError
-from configs.schema import SamplingConfig, SdeConfig
-from inference import autoregressive, decoder
-from inference.decoder import Conditions
-from inference.flow import Schedule, make_schedule
-from inference.layout import generation_grids, large_grid, split_grids, upsample_prior
-from inference.rollout import LatentTrajectory, Request, Rollout, TokenTrajectory, seeded
 
 
 class Engine:

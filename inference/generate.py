@@ -1,11 +1,11 @@
-"""Pictures from prompts: python -m inference.generate --model FOLDER --prompt '...'"""
+"""Pictures from prompts: python -m duet.inference.generate --model FOLDER --prompt '...'"""
 
 import argparse
 from pathlib import Path
 
-from configs.errors import UserError, exit_on_user_error, require_folder
-from configs.rows import load_rows
-from configs.schema import SamplingConfig
+from duet.configs.errors import UserError, exit_on_user_error, require_folder
+from duet.configs.rows import load_rows
+from duet.configs.schema import SamplingConfig
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -53,9 +53,9 @@ def generate(options: argparse.Namespace, prompts: list[str]) -> list[Path]:
     """Write one PNG a picture; returns their paths. Existing files are never replaced."""
     folder = Path(options.output)
     require_folder("--output", folder)
-    from inference.engine import Engine  # torch loads slowly: after the options are known good
-    from inference.model import generation_defaults, load_adapter, load_pipeline
-    from inference.rollout import Request
+    from duet.inference.engine import Engine  # torch loads slowly: after the options are known good
+    from duet.inference.model import generation_defaults, load_adapter, load_pipeline
+    from duet.inference.rollout import Request
 
     pipeline = load_pipeline(options.model, options.dtype)
     defaults = generation_defaults(pipeline)

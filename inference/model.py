@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
+from duet.configs.errors import UserError
+from duet.inference.attention import FLOAT64_SUMS
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-
-from configs.errors import UserError
-from inference.attention import FLOAT64_SUMS
 
 # AR names that occur in `language_model` only; DiT attention and feed-forward
 TARGET_MODULES = {

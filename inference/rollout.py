@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from duet.inference.layout import Grid
 from PIL import Image
 from torch import Tensor
-
-from inference.layout import Grid
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 import importlib
 import sys
 
-from configs.errors import UserError, exit_on_user_error
+from duet.configs.errors import UserError, exit_on_user_error
 
 _COMMANDS = {
     "train": (
-        "train.__main__",
-        "GRPO on one module (several processes: accelerate launch -m train)",
+        "duet.train.__main__",
+        "GRPO on one module (several processes: accelerate launch -m duet.train)",
     ),
-    "generate": ("inference.generate", "pictures from prompts"),
-    "evaluate": ("train.evaluate", "held-out prompts, every reward, a report"),
-    "rewards": ("launch.rewards", "list rewards, score pictures, serve other processes"),
+    "generate": ("duet.inference.generate", "pictures from prompts"),
+    "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
+    "rewards": ("duet.launch.rewards", "list rewards, score pictures, serve other processes"),
 }
 
 

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from duet.configs.errors import UserError
+from duet.configs.load import build, read_tree
+from duet.configs.rows import PICTURES
+from duet.configs.schema import RewardConfig, RunConfig
+from duet.rewards.base import RewardInput, score
+from duet.rewards.catalogue import catalogue
+from duet.rewards.registry import load_rewards
 from PIL import Image
-
-from configs.errors import UserError
-from configs.load import build, read_tree
-from configs.rows import PICTURES
-from configs.schema import RewardConfig, RunConfig
-from rewards.base import RewardInput, score
-from rewards.catalogue import catalogue
-from rewards.registry import load_rewards
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def _serve(options: argparse.Namespace) -> None:
         raise UserError(f"--max-body-mib = {options.max_body_mib} is out of range: allowed is >= 1")
     configs = read_rewards(options.config)
     try:
-        from rewards.serve import serve
+        from duet.rewards.serve import serve
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: pip install 'duet[serve]'") from error
     serve(configs, options.host, options.port, options.max_body_mib * 2**20)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+from duet.configs.errors import UserError
+from duet.configs.rows import read_picture
 from PIL import Image
-
-from configs.errors import UserError
-from configs.rows import read_picture
 
 
 def _whole(image: Image.Image) -> Image.Image:

@@ -10,12 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from duet.rewards.base import RewardInput
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import correlate1d
 from scipy.special import gamma
-
-from rewards.base import RewardInput
 
 Array = NDArray[np.float64]
 

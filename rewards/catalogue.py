@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from rewards.registry import BUILT_IN, ENTRY_POINT_GROUP
+from duet.rewards.registry import BUILT_IN, ENTRY_POINT_GROUP
 
 
 @dataclass(frozen=True)

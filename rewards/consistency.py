@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from duet.configs.errors import UserError
+from duet.rewards.base import RewardInput
+from duet.rewards.clip import ClipReward, batches
 from PIL import Image
 from torch import Tensor
-
-from configs.errors import UserError
-from rewards.base import RewardInput
-from rewards.clip import ClipReward, batches
 
 
 class SourceConsistency(ClipReward):

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from rewards.base import RewardInput
-from rewards.clip import ClipReward
+from duet.rewards.base import RewardInput
+from duet.rewards.clip import ClipReward
 
 
 class Diversity(ClipReward):

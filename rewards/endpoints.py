@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx
-
-from configs.errors import UserError
-from rewards.wire import excerpt, read_token
-from rewards.wire_pictures import WireError
+from duet.configs.errors import UserError
+from duet.rewards.wire import excerpt, read_token
+from duet.rewards.wire_pictures import WireError
 
 MAX_REPLY = 2**20  # bytes; a score takes about twenty
 _jitter = random.Random()  # of its own: a retry must not move a run's random numbers

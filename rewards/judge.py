@@ -14,11 +14,10 @@ from string import Formatter
 from typing import Any, Literal
 
 import httpx
+from duet.configs.errors import UserError
+from duet.rewards.base import RewardInput
+from duet.rewards.judge_reading import READINGS, Unscored
 from PIL import Image
-
-from configs.errors import UserError
-from rewards.base import RewardInput
-from rewards.judge_reading import READINGS, Unscored
 
 logger = logging.getLogger(__name__)
 

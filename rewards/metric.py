@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from duet.configs.errors import UserError
+from duet.rewards.base import RewardInput
+from duet.rewards.clip import picked_device
 from PIL import Image
 from torch import Tensor
-
-from configs.errors import UserError
-from rewards.base import RewardInput
-from rewards.clip import picked_device
 
 
 class PyIqa:

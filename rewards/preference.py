@@ -5,13 +5,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from duet.configs.errors import UserError
+from duet.rewards.alignment import Alignment
+from duet.rewards.base import RewardInput
+from duet.rewards.clip import Dtype, batches, checked_batch_size, picked_device, picked_dtype
 from torch import Tensor
 from torch.nn import functional as F
-
-from configs.errors import UserError
-from rewards.alignment import Alignment
-from rewards.base import RewardInput
-from rewards.clip import Dtype, batches, checked_batch_size, picked_device, picked_dtype
 
 _HPS_REPOSITORY, _HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 

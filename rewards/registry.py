@@ -1,28 +1,30 @@
 """Rewards by built-in name, by entry point, or by dotted path."""
 
 import importlib
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import Reward
-from rewards.view import Viewed
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import Reward
+from duet.rewards.view import Viewed
 
 ENTRY_POINT_GROUP = "duet.rewards"
 BUILT_IN = {
-    "aesthetic": "rewards.aesthetic.Aesthetic",
-    "alignment": "rewards.alignment.Alignment",
-    "brisque": "rewards.brisque.Brisque",
-    "diversity": "rewards.diversity.Diversity",
-    "fidelity": "rewards.fidelity.Fidelity",
-    "hpsv2": "rewards.preference.HpsV2",
-    "judge": "rewards.judge.Judge",
-    "ocr": "rewards.ocr.Ocr",
-    "pickscore": "rewards.preference.PickScore",
-    "pyiqa": "rewards.metric.PyIqa",
-    "remote": "rewards.remote.Remote",
-    "source_consistency": "rewards.consistency.SourceConsistency",
+    "aesthetic": "duet.rewards.aesthetic.Aesthetic",
+    "alignment": "duet.rewards.alignment.Alignment",
+    "brisque": "duet.rewards.brisque.Brisque",
+    "diversity": "duet.rewards.diversity.Diversity",
+    "fidelity": "duet.rewards.fidelity.Fidelity",
+    "hpsv2": "duet.rewards.preference.HpsV2",
+    "judge": "duet.rewards.judge.Judge",
+    "ocr": "duet.rewards.ocr.Ocr",
+    "pickscore": "duet.rewards.preference.PickScore",
+    "pyiqa": "duet.rewards.metric.PyIqa",
+    "remote": "duet.rewards.remote.Remote",
+    "source_consistency": "duet.rewards.consistency.SourceConsistency",
 }
 
 
@@ -82,6 +84,8 @@ def _find(name: str):
         raise UserError(
             f"reward {name!r} is unknown: allowed are {known}, or a path package.module.Class"
         )
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # behind what is installed, however Duet was started
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

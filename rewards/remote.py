@@ -11,12 +11,11 @@ from functools import partial
 from urllib.parse import quote
 
 import httpx
-
-from configs.errors import UserError
-from rewards.base import RewardInput
-from rewards.endpoints import Conversation, Endpoints, converse
-from rewards.wire import TOKEN_ENV, Health, decode_health, decode_scores, encode_request
-from rewards.wire_pictures import SAVE, WireError
+from duet.configs.errors import UserError
+from duet.rewards.base import RewardInput
+from duet.rewards.endpoints import Conversation, Endpoints, converse
+from duet.rewards.wire import TOKEN_ENV, Health, decode_health, decode_scores, encode_request
+from duet.rewards.wire_pictures import SAVE, WireError
 
 _log = logging.getLogger(__name__)
 

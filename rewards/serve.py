@@ -11,15 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
-
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import Reward, score
-from rewards.registry import load_reward, load_weights
-from rewards.wire import (
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import Reward, score
+from duet.rewards.registry import load_reward, load_weights
+from duet.rewards.wire import (
     TOKEN_ENV,
     Health,
     decode_request,
@@ -27,7 +23,10 @@ from rewards.wire import (
     encode_scores,
     read_token,
 )
-from rewards.wire_pictures import WireError
+from duet.rewards.wire_pictures import WireError
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 
 _log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
-from configs.rows import PICTURES
-from rewards.base import RewardInput
-from rewards.wire_pictures import PictureReader, WireError, encode_picture
+from duet.configs.errors import UserError
+from duet.configs.rows import PICTURES
+from duet.rewards.base import RewardInput
+from duet.rewards.wire_pictures import PictureReader, WireError, encode_picture
 
 TOKEN_ENV = "DUET_REWARDS_TOKEN"
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from configs.load import load_config
-from configs.rows import load_rows
-from configs.schema import SamplingConfig, SdeConfig
-from inference.engine import Engine
-from inference.model import load_pipeline
+from duet.configs.load import load_config
+from duet.configs.rows import load_rows
+from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.inference.engine import Engine
+from duet.inference.model import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "configs" / "tiny" / "model"

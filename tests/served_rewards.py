@@ -60,7 +60,7 @@ class Raises:
 
 class NoWeights:
     def load(self):
-        from configs.errors import UserError
+        from duet.configs.errors import UserError
 
         time.sleep(0.5)
         raise UserError("weights 'gone.pt' are missing")

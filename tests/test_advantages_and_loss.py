@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
+from duet.configs.schema import GrpoConfig
+from duet.train.advantages import group_advantages
+from duet.train.loss import DR_GRPO_LENGTH, importance_ratio, k3_kl, policy_loss
+from duet.train.metrics import reward_metrics
 from torch.distributions import Categorical, kl_divergence
-
-from configs.schema import GrpoConfig
-from train.advantages import group_advantages
-from train.loss import DR_GRPO_LENGTH, importance_ratio, k3_kl, policy_loss
-from train.metrics import reward_metrics
 
 NAN = float("nan")
 ONE = torch.ones(1)

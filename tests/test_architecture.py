@@ -30,12 +30,13 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows_point_one_way(path):
     room = path.relative_to(ROOT).parts[0]
-    rooms = {name.split(".")[0] for name in imported(path)} & set(ALLOWED)
-    assert rooms <= ALLOWED[room]
+    names = [name.split(".") for name in imported(path)]
+    assert {name[1] for name in names if name[0] == "duet"} <= ALLOWED[room]
+    assert not {name[0] for name in names} & set(ALLOWED), "ours are imported as duet.<folder>"
 
 
 def test_no_circles_between_files():
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
+    modules = {".".join(("duet", *p.relative_to(ROOT).with_suffix("").parts)): p for p in FILES}
     uses = {name: imported(path) & set(modules) for name, path in modules.items()}
     done: set[str] = set()
 

@@ -31,7 +31,7 @@ def test_generate_writes_pictures_and_never_replaces_one(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": 'a blue card with the black word "PEN"'}) + "\n")
     command = [
-        "-m", "inference.generate", "--model", str(MODEL), "--prompt", CARD, "--prompts", str(prompts),
+        "-m", "duet.inference.generate", "--model", str(MODEL), "--prompt", CARD, "--prompts", str(prompts),
         "--num-images", "2", "--seed", "5", "--steps", "4", "--guidance-scale", "2",
         "--output", str(tmp_path / "out"),
     ]  # fmt: skip
@@ -59,13 +59,13 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
         "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
         "train.max_steps=1",
     ]  # fmt: skip
-    trained = run("-m", "launch.cli", "train", TINY, *small)
+    trained = run("-m", "duet.launch.cli", "train", TINY, *small)
     assert trained.returncode == 0, trained.stderr
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     output = tmp_path / "report"
     command = [
         "-m",
-        "train.evaluate",
+        "duet.train.evaluate",
         TINY,
         *small,
         "--checkpoint",
@@ -95,21 +95,21 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
 
 
 WRONG = {
-    "unknown key": (["-m", "train", TINY, "optim.lr=1"], "unknown key 'optim.lr'"),
-    "wrong type": (["-m", "train", TINY, "seed=x"], "seed = 'x' must be of type int"),
-    "missing config": (["-m", "train", "gone.yaml"], "cannot be read"),
-    "missing model": (["-m", "train", TINY, "model.path=gone/model"], "no such folder"),
-    "odd size": (["-m", "train", TINY, "sampling.width=100"], "a multiple of 32"),
-    "empty prompts": (["-m", "train", TINY, "data.train={tmp}/empty.jsonl"], "is empty"),
-    "bad line": (["-m", "train", TINY, "data.train={tmp}/bad.jsonl"], "bad.jsonl:2 is not JSON"),
-    "reward raises": (["-m", "train", TINY, "rewards=[{{name: tests.bad_rewards.raises}}]"], "raised ZeroDivisionError"),
-    "reward miscounts": (["-m", "train", TINY, "rewards=[{{name: tests.bad_rewards.miscounts}}]"], "answered 1 scores for"),
-    "reward is infinite": (["-m", "train", TINY, "rewards=[{{name: tests.bad_rewards.infinite}}]"], "answered inf"),
-    "generate size": (["-m", "inference.generate", "--model", str(MODEL), "--prompt", CARD, "--height", "50"], "a multiple of 32"),
-    "generate nothing": (["-m", "inference.generate", "--model", str(MODEL)], "give --prompt"),
-    "generate adapter": (["-m", "inference.generate", "--model", str(MODEL), "--prompt", CARD, "--adapter", "gone"], "missing or damaged"),
-    "evaluate adapter": (["-m", "train.evaluate", TINY, "--checkpoint", "gone", "--output", "{tmp}/report"], "missing or damaged"),
-    "unknown command": (["-m", "launch.cli", "trian"], "choose one of train, generate, evaluate"),
+    "unknown key": (["-m", "duet.train", TINY, "optim.lr=1"], "unknown key 'optim.lr'"),
+    "wrong type": (["-m", "duet.train", TINY, "seed=x"], "seed = 'x' must be of type int"),
+    "missing config": (["-m", "duet.train", "gone.yaml"], "cannot be read"),
+    "missing model": (["-m", "duet.train", TINY, "model.path=gone/model"], "no such folder"),
+    "odd size": (["-m", "duet.train", TINY, "sampling.width=100"], "a multiple of 32"),
+    "empty prompts": (["-m", "duet.train", TINY, "data.train={tmp}/empty.jsonl"], "is empty"),
+    "bad line": (["-m", "duet.train", TINY, "data.train={tmp}/bad.jsonl"], "bad.jsonl:2 is not JSON"),
+    "reward raises": (["-m", "duet.train", TINY, "rewards=[{{name: tests.bad_rewards.raises}}]"], "raised ZeroDivisionError"),
+    "reward miscounts": (["-m", "duet.train", TINY, "rewards=[{{name: tests.bad_rewards.miscounts}}]"], "answered 1 scores for"),
+    "reward is infinite": (["-m", "duet.train", TINY, "rewards=[{{name: tests.bad_rewards.infinite}}]"], "answered inf"),
+    "generate size": (["-m", "duet.inference.generate", "--model", str(MODEL), "--prompt", CARD, "--height", "50"], "a multiple of 32"),
+    "generate nothing": (["-m", "duet.inference.generate", "--model", str(MODEL)], "give --prompt"),
+    "generate adapter": (["-m", "duet.inference.generate", "--model", str(MODEL), "--prompt", CARD, "--adapter", "gone"], "missing or damaged"),
+    "evaluate adapter": (["-m", "duet.train.evaluate", TINY, "--checkpoint", "gone", "--output", "{tmp}/report"], "missing or damaged"),
+    "unknown command": (["-m", "duet.launch.cli", "trian"], "choose one of train, generate, evaluate"),
 }  # fmt: skip
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-
-from configs.errors import UserError
-from configs.load import load_config
-from configs.quotes import quoted_spans
-from configs.rows import load_rows
+from duet.configs.errors import UserError
+from duet.configs.load import load_config
+from duet.configs.quotes import quoted_spans
+from duet.configs.rows import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny" / "ar.yaml"

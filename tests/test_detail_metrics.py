@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput
+from duet.rewards.brisque import _GREY, Brisque, _contrasts, brisque
+from duet.rewards.registry import load_reward, load_rewards
+from duet.train.tiny.specimens import CARD, write
 from PIL import Image
 
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import RewardInput
-from rewards.brisque import _GREY, Brisque, _contrasts, brisque
-from rewards.registry import load_reward, load_rewards
 from tests.brisque_reference import photograph, pictures
 from tests.conftest import ROOT
 from tests.test_reward_models import CLEAN, DAMAGE, PICTURES, damaged
-from train.tiny.specimens import CARD, write
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_flat_picture_has_no_brisque(colour):
 
 def test_brisque_is_cut_to_its_range(monkeypatch):
     for raw, expected in ((-30, 1), (25, 0.75), (150, 0)):
-        monkeypatch.setattr("rewards.brisque.brisque", lambda image, raw=raw: raw)
+        monkeypatch.setattr("duet.rewards.brisque.brisque", lambda image, raw=raw: raw)
         assert Brisque()([RewardInput(CLEAN, "", {})]) == [expected]
 
 

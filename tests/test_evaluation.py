@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-
-from configs.errors import UserError
-from configs.schema import EvalConfig
-from train.evaluation import _summary, bootstrap_interval, labels
+from duet.configs.errors import UserError
+from duet.configs.schema import EvalConfig
+from duet.train.evaluation import _summary, bootstrap_interval, labels
 
 
 def test_every_model_has_a_name_of_its_own():

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from duet.inference import flow
 from torch.distributions import Normal, kl_divergence
-
-from inference import flow
 
 
 @pytest.mark.parametrize("kind", ["linear", "exponential"])

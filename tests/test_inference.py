@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
-from configs.errors import UserError
-from configs.schema import SamplingConfig, SdeConfig
-from inference import autoregressive
-from inference.engine import Engine
-from inference.layout import (
+from duet.configs.errors import UserError
+from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.inference import autoregressive
+from duet.inference.engine import Engine
+from duet.inference.layout import (
     Grid,
     generation_grids,
     grid_positions,
@@ -18,7 +17,8 @@ from inference.layout import (
     prompt_positions,
     upsample_prior,
 )
-from inference.rollout import Request
+from duet.inference.rollout import Request
+
 from tests.conftest import SAMPLING
 
 CARD = 'a red card with the white word "CAT"'

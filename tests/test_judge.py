@@ -10,12 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput
+from duet.rewards.registry import load_reward, load_rewards
 from PIL import Image
-
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import RewardInput
-from rewards.registry import load_reward, load_rewards
 
 PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
 QUESTION = "Does the picture show {prompt} with {row[text]}?"
@@ -69,7 +68,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    monkeypatch.setattr("rewards.judge._PAUSE_SECONDS", 0)
+    monkeypatch.setattr("duet.rewards.judge._PAUSE_SECONDS", 0)
     served = Endpoint()
     yield served
     served.server.shutdown()

@@ -13,9 +13,9 @@ from importlib.metadata import entry_points
 
 import httpx
 import pytest
+from duet.launch.rewards import read_rewards
+from duet.rewards.registry import ENTRY_POINT_GROUP, load_reward
 
-from launch.rewards import read_rewards
-from rewards.registry import ENTRY_POINT_GROUP, load_reward
 from tests.conftest import ROOT
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -53,7 +53,7 @@ def kitchen(tmp_path_factory, blocks):
     offline = "--quiet --no-index --no-deps --no-build-isolation"
     install = f'{sys.executable} -m pip --python {python} install {offline} "${{@:2}}"'
     # -P: like an installed script, `duet` does not see the working folder
-    for name, command in (("pip", install), ("duet", f'exec {python} -P -m launch.cli "$@"')):
+    for name, command in (("pip", install), ("duet", f'exec {python} -P -m duet.launch.cli "$@"')):
         (bin / name).write_text(f"#!/bin/bash\n{command}\n")
         (bin / name).chmod(0o755)
     return folder

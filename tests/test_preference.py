@@ -5,14 +5,14 @@ import json
 import open_clip
 import pytest
 import torch
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput
+from duet.rewards.registry import load_reward, load_rewards
+from duet.train.tiny.specimens import specimens
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import RewardInput
-from rewards.registry import load_reward, load_rewards
 from tests.conftest import CLIP
-from train.tiny.specimens import specimens
 
 TINY = {"model": CLIP, "pretrained": None}
 PICTURES = dict(specimens())

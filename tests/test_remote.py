@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from duet.configs.errors import UserError
+from duet.rewards.base import RewardInput
+from duet.rewards.remote import Remote
 from PIL import Image
 
-from configs.errors import UserError
-from rewards.base import RewardInput
-from rewards.remote import Remote
 from tests.bad_server import BAD, GOOD, bad_server, reply
 
 QUICK = {"timeout_seconds": 0.5, "retries": 1, "backoff_seconds": 0.05}

@@ -7,15 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import RewardInput, score
-from rewards.clip import Clip, batches
-from rewards.consistency import kept_share
-from rewards.registry import load_reward, load_rewards
-from tests.conftest import CLIP, ROOT
-from train.tiny.specimens import (
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput, score
+from duet.rewards.clip import Clip, batches
+from duet.rewards.consistency import kept_share
+from duet.rewards.registry import load_reward, load_rewards
+from duet.train.tiny.specimens import (
     CARD,
     OFFLINE,
     blurred,
@@ -25,6 +23,8 @@ from train.tiny.specimens import (
     table,
     write,
 )
+
+from tests.conftest import CLIP, ROOT
 
 TINY = {"model": CLIP, "pretrained": None}
 DAMAGE = {"blur": (blurred, (1, 2, 3)), "noise": (noisy, (25, 50, 80)), "jpeg": (compressed, (60, 30, 5))}  # fmt: skip
@@ -94,9 +94,9 @@ def test_the_table_has_a_line_for_each_of_the_twelve_pictures(row):
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("rewards.registry", {"torch", "open_clip", "transformers", "rapidocr", "httpx"}),
-        ("rewards.alignment, rewards.preference", {"open_clip", "transformers"}),
-        ("rewards.ocr", {"torch", "rapidocr", "onnxruntime"}),
+        ("duet.rewards.registry", {"torch", "open_clip", "transformers", "rapidocr", "httpx"}),
+        ("duet.rewards.alignment, duet.rewards.preference", {"open_clip", "transformers"}),
+        ("duet.rewards.ocr", {"torch", "rapidocr", "onnxruntime"}),
     ],
 )
 def test_a_library_is_imported_only_by_who_needs_it(modules, heavy):

@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput, score
+from duet.rewards.fidelity import Fidelity, quality
+from duet.rewards.ocr import Ocr, text_score, wanted_texts
+from duet.rewards.registry import load_reward, load_rewards
+from duet.train.tiny.world import Card, Shape, draw
 from PIL import Image, ImageFilter
 
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import RewardInput, score
-from rewards.fidelity import Fidelity, quality
-from rewards.ocr import Ocr, text_score, wanted_texts
-from rewards.registry import load_reward, load_rewards
 from tests.conftest import CLIP, ROOT
-from train.tiny.world import Card, Shape, draw
 
 CARD = Card("red", (Shape("circle", "blue", "on the left"),), "white", "CHAP")
 OCR = {"limit_side_len": 192, "enlarge_to": 192}

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from duet.launch import cli
+from duet.rewards.registry import BUILT_IN
 from PIL import Image
 
-from launch import cli
-from rewards.registry import BUILT_IN
 from tests.conftest import ROOT
 
 PICTURE = "configs/tiny/prompts/eval/000.png"
@@ -34,7 +34,7 @@ def duet(monkeypatch, capsys):
 
 
 def test_list_tells_every_reward_and_imports_no_torch():
-    code = "import sys; from launch.rewards import main; main(['list']); assert 'torch' not in sys.modules"
+    code = "import sys; from duet.launch.rewards import main; main(['list']); assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig, WatchConfig
+from duet.inference.engine import Engine
+from duet.rewards.base import RewardInput, score
+from duet.rewards.registry import load_reward
+from duet.rewards.view import LOW_FACTOR
+from duet.train.checkpoint import complete_checkpoints
+from duet.train.loop import train
+from duet.train.metrics import reward_metrics
+from duet.train.prompts import draw_groups
+from duet.train.scoring import group_batches, sample_and_score
+from duet.train.stages import STAGES
+from duet.train.tiny.world import draw
+from duet.train.watch import Watch, image_metrics
 from PIL import Image
 
-from configs.errors import UserError
-from configs.schema import RewardConfig, WatchConfig
-from inference.engine import Engine
-from rewards.base import RewardInput, score
-from rewards.registry import load_reward
-from rewards.view import LOW_FACTOR
 from tests.conftest import CLIP
 from tests.test_rewards import CARD, spoiled
-from train.checkpoint import complete_checkpoints
-from train.loop import train
-from train.metrics import reward_metrics
-from train.prompts import draw_groups
-from train.scoring import group_batches, sample_and_score
-from train.stages import STAGES
-from train.tiny.world import draw
-from train.watch import Watch, image_metrics
 
 NAN = math.nan
 
@@ -114,7 +114,7 @@ def test_a_group_reward_sees_one_prompts_samples_at_a_time():
     assert score(Rank(), "rank", inputs, [2, 3]) == [0, 1 / 2, 0, 1 / 3, 2 / 3]
 
 
-@pytest.mark.parametrize("name", ["fidelity", "train.tiny.hackable.Sharpness"])
+@pytest.mark.parametrize("name", ["fidelity", "duet.train.tiny.hackable.Sharpness"])
 def test_a_low_reward_hardly_sees_high_frequency_noise(name):
     args = {"model": CLIP, "pretrained": None} if name == "fidelity" else {}
     clean = draw(CARD, scale=2.0)
@@ -137,7 +137,7 @@ def test_the_high_view_shows_every_pixel_and_the_reference_follows(tmp_path):
             seen.append((i.image, i.picture("image")))
         return [1.0] * len(inputs)
 
-    from rewards.view import Viewed
+    from duet.rewards.view import Viewed
 
     item = RewardInput(draw(CARD), CARD.prompt, {"image": str(path)})
     assert Viewed(look, "high")([item]) == [1.0]
@@ -185,7 +185,7 @@ class Constant:
 
 
 def test_a_watched_reward_is_measured_and_not_trained_on(small_run, tmp_path):
-    rewards = "rewards=[{name: train.tiny.hackable.Sharpness}]"
+    rewards = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
     watched = "watch.rewards=[{name: tests.test_scoring.Constant}]"
     folders = [tmp_path / "alone", tmp_path / "watched"]
     for folder, overrides in zip(folders, ([], [watched]), strict=True):
@@ -200,8 +200,10 @@ def test_a_watched_reward_is_measured_and_not_trained_on(small_run, tmp_path):
 
 
 def test_the_alarm_can_end_a_run_with_a_checkpoint(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.loop.Watch.__call__", lambda self, metrics: {"watch/alarm": 1.0})
-    monkeypatch.setattr("train.loop.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
+    monkeypatch.setattr(
+        "duet.train.loop.Watch.__call__", lambda self, metrics: {"watch/alarm": 1.0}
+    )
+    monkeypatch.setattr("duet.train.loop.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
     watched = "watch.rewards=[{name: tests.test_scoring.Constant}]"
     with pytest.raises(UserError, match="watch.stop ended the run at .*checkpoint-1: .* ocr lost"):
         train(small_run("decoder", watched, "watch.stop=true", "train.save_steps=9"))

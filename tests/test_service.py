@@ -18,13 +18,13 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput, score
+from duet.rewards.registry import load_reward, load_rewards
+from duet.rewards.remote import Remote
 from PIL import Image
 
-from configs.errors import UserError
-from configs.schema import RewardConfig
-from rewards.base import RewardInput, score
-from rewards.registry import load_reward, load_rewards
-from rewards.remote import Remote
 from tests.conftest import CLIP, ROOT
 
 TOKEN = "correct horse"
@@ -40,7 +40,16 @@ def serving(folder, *rewards, token=None, options=()):
     config.write_text(yaml.safe_dump({"rewards": list(rewards)}))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment |= {"DUET_REWARDS_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", "launch.cli", "rewards", "serve", str(config), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "duet.launch.cli",
+        "rewards",
+        "serve",
+        str(config),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
         [*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -10,6 +10,13 @@ from diffusers import (
     GlmImagePipeline,
     GlmImageTransformer2DModel,
 )
+from duet.configs.quotes import quoted_spans
+from duet.configs.rows import load_rows
+from duet.rewards.base import RewardInput
+from duet.rewards.ocr import Ocr
+from duet.train.tiny import decoder_pretraining, world
+from duet.train.tiny.parts import size_mib
+from duet.train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
 from transformers import (
     ByT5Tokenizer,
     GlmImageForConditionalGeneration,
@@ -17,14 +24,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from configs.quotes import quoted_spans
-from configs.rows import load_rows
-from rewards.base import RewardInput
-from rewards.ocr import Ocr
 from tests.conftest import MODEL, ROOT
-from train.tiny import decoder_pretraining, world
-from train.tiny.parts import size_mib
-from train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
 
 PROMPTS = ROOT / "configs/tiny/prompts"
 

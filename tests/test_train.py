@@ -11,26 +11,26 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-
-from configs.errors import UserError
-from configs.schema import SamplingConfig, SdeConfig
-from inference import decoder, flow
-from inference import engine as engine_module
-from inference.engine import Engine
-from inference.model import (
+from duet.configs.errors import UserError
+from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.inference import decoder, flow
+from duet.inference import engine as engine_module
+from duet.inference.engine import Engine
+from duet.inference.model import (
     add_adapter,
     load_pipeline,
     module_of,
     resume_adapter,
     save_adapter,
 )
+from duet.train import gate
+from duet.train.checkpoint import complete_checkpoints
+from duet.train.loop import train
+from duet.train.prompts import draw_groups, shard
+from duet.train.stages import STAGES
+from safetensors.torch import load_file
+
 from tests.conftest import MODEL, ROOT, SAMPLING
-from train import gate
-from train.checkpoint import complete_checkpoints
-from train.loop import train
-from train.prompts import draw_groups, shard
-from train.stages import STAGES
 
 STAGE_NAMES = ["ar", "decoder"]
 
@@ -226,8 +226,8 @@ def test_stock_libraries_load_the_adapter(small_run, stage, tmp_path):
         stock.transformer.load_lora_adapter(
             folder, prefix=None, weight_name="pytorch_lora_weights.safetensors"
         )
-    from inference.model import load_adapter
-    from inference.rollout import Request
+    from duet.inference.model import load_adapter
+    from duet.inference.rollout import Request
 
     ours, base = load_pipeline(str(MODEL)), load_pipeline(str(MODEL))
     assert load_adapter(ours, tmp_path / "run" / "checkpoint-1") == stage
@@ -254,7 +254,7 @@ def test_two_processes_give_the_update_of_one(small_run, stage, tmp_path):
     train(small_run(stage, "train.max_steps=1", f"output_dir={one}", constant))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611",
-        "-m", "train", f"configs/tiny/{stage}.yaml", f"output_dir={two}", "rollout.prompts_per_step=2",
+        "-m", "duet.train", f"configs/tiny/{stage}.yaml", f"output_dir={two}", "rollout.prompts_per_step=2",
         "rollout.num_generations=4", "grpo.num_iterations=1", "optim.per_device_train_batch_size=4",
         "optim.gradient_accumulation_steps=1", "sampling.num_inference_steps=6", "train.trackers=[]",
         "train.max_steps=1", "optim.lr_scheduler_type=constant",
@@ -330,7 +330,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(small_run, tmp_path, monkeypa
         raise OSError("no space left")
 
     with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
-        broken.setattr("train.checkpoint.save_adapter", fills_the_disk)
+        broken.setattr("duet.train.checkpoint.save_adapter", fills_the_disk)
         train(small_run("decoder", "train.max_steps=1"))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     AcceleratorState._reset_state(True)
@@ -393,7 +393,7 @@ def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):
 
 
 def test_wandb_without_a_login_goes_offline(small_run, monkeypatch):
-    from train.metrics import prepare_trackers
+    from duet.train.metrics import prepare_trackers
 
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

@@ -1,9 +1,9 @@
-"""accelerate launch -m train CONFIG.yaml [section.key=value ...]"""
+"""accelerate launch -m duet.train CONFIG.yaml [section.key=value ...]"""
 
 import argparse
 
-from configs.errors import exit_on_user_error
-from configs.load import load_config
+from duet.configs.errors import exit_on_user_error
+from duet.configs.load import load_config
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
     config = load_config(options.config, options.overrides)
-    from train.loop import train  # after the config is known to be good: torch loads slowly
+    from duet.train.loop import train  # after the config is known to be good: torch loads slowly
 
     print(f"newest checkpoint: {train(config)}")
 

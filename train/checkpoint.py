@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-
-from configs.errors import UserError, require_folder
-from configs.schema import RunConfig
-from inference.model import save_adapter
-from train.metrics import read_metrics
+from duet.configs.errors import UserError, require_folder
+from duet.configs.schema import RunConfig
+from duet.inference.model import save_adapter
+from duet.train.metrics import read_metrics
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _POSITION = "trainer_state.json"

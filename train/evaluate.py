@@ -1,11 +1,11 @@
-"""python -m train.evaluate CONFIG --checkpoint X: held-out prompts, fixed seeds, a report."""
+"""python -m duet.train.evaluate CONFIG --checkpoint X: held-out prompts, fixed seeds, a report."""
 
 import argparse
 import json
 from pathlib import Path
 
-from configs.errors import UserError, exit_on_user_error, require_folder
-from configs.load import load_config
+from duet.configs.errors import UserError, exit_on_user_error, require_folder
+from duet.configs.load import load_config
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     require_folder("--output", output)
     if (output / "results.json").exists():
         raise UserError(f"--output = {str(output)!r} holds a report already: name another folder")
-    from train.evaluation import evaluate, text_table  # torch loads slowly
-    from train.report import write_report, write_strip
+    from duet.train.evaluation import evaluate, text_table  # torch loads slowly
+    from duet.train.report import write_report, write_strip
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
     results = evaluate(config, models, output)

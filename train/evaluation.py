@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from duet.configs.errors import UserError
+from duet.configs.rows import load_rows
+from duet.configs.schema import EvalConfig, RunConfig
+from duet.inference.engine import Engine
+from duet.inference.model import adapter_stage, load_adapter, load_pipeline
+from duet.inference.rollout import Request
+from duet.rewards.base import RewardInput, score
+from duet.rewards.registry import load_rewards
+from duet.train.prompts import derive_seed
 from tqdm import tqdm
-
-from configs.errors import UserError
-from configs.rows import load_rows
-from configs.schema import EvalConfig, RunConfig
-from inference.engine import Engine
-from inference.model import adapter_stage, load_adapter, load_pipeline
-from inference.rollout import Request
-from rewards.base import RewardInput, score
-from rewards.registry import load_rewards
-from train.prompts import derive_seed
 
 _SEED = 2**31  # far from any training seed; the same for every model
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-from configs.errors import UserError
-from inference.engine import Engine
-from inference.flow import shift_mu
-from inference.rollout import Request, Rollout
+from duet.configs.errors import UserError
+from duet.inference.engine import Engine
+from duet.inference.flow import shift_mu
+from duet.inference.rollout import Request, Rollout
 
 # largest difference of a pixel in [0, 1] and of a log-prob in nats, by precision
 _PIXEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from duet.configs.errors import UserError
+from duet.configs.schema import RunConfig
+from duet.inference.model import module_of
+from duet.inference.rollout import Rollout
+from duet.train import checkpoint, gate
+from duet.train.advantages import group_advantages
+from duet.train.metrics import MetricsLog, reward_metrics, timed
+from duet.train.prompts import Group, draw_groups, shard
+from duet.train.scoring import sample_and_score
+from duet.train.setup import Run, prepare
+from duet.train.update import update
+from duet.train.watch import Watch, image_metrics
 from tqdm import tqdm
-
-from configs.errors import UserError
-from configs.schema import RunConfig
-from inference.model import module_of
-from inference.rollout import Rollout
-from train import checkpoint, gate
-from train.advantages import group_advantages
-from train.metrics import MetricsLog, reward_metrics, timed
-from train.prompts import Group, draw_groups, shard
-from train.scoring import sample_and_score
-from train.setup import Run, prepare
-from train.update import update
-from train.watch import Watch, image_metrics
 
 
 def train(config: RunConfig) -> Path:

@@ -6,9 +6,8 @@ An action is a visual token (AR) or a denoising step (decoder): [B, T] log-probs
 from dataclasses import dataclass
 
 import torch
+from duet.configs.schema import GrpoConfig
 from torch import Tensor
-
-from configs.schema import GrpoConfig
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from duet.configs.errors import UserError
+from duet.configs.schema import RunConfig
+from duet.train.advantages import weighted
 from PIL import Image
-
-from configs.errors import UserError
-from configs.schema import RunConfig
-from train.advantages import weighted
 
 _WANDB_HOST = "api.wandb.ai"
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from duet.train.metrics import image_grid, read_metrics
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
-
-from train.metrics import image_grid, read_metrics
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
@@ -22,7 +21,7 @@ _NO_CURVES = ("not_scored", "/std", "seconds", "samples_per_second")
 
 def write_report(results: dict[str, Any], output: Path) -> Path:
     """Write `output/index.html`; opens without a network."""
-    environment = Environment(loader=PackageLoader("train"), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("duet.train"), autoescape=select_autoescape())
     template = environment.get_template("report.html")
     rows = results["rows"]
     pictures = [

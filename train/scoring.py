@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from duet.inference.rollout import Rollout
+from duet.rewards.base import Reward, RewardInput, score
+from duet.train.prompts import Group
 from torch import Tensor
 from tqdm import tqdm
-
-from inference.rollout import Rollout
-from rewards.base import Reward, RewardInput, score
-from train.prompts import Group
 
 
 @dataclass(frozen=True)

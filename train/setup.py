@@ -7,19 +7,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from duet.configs.errors import UserError
+from duet.configs.rows import load_rows
+from duet.configs.schema import RunConfig
+from duet.inference.engine import Engine
+from duet.inference.model import add_adapter, load_pipeline, module_of, pick_device, resume_adapter
+from duet.rewards.base import Reward
+from duet.rewards.registry import load_rewards
+from duet.train import checkpoint, gate
+from duet.train.metrics import prepare_trackers
+from duet.train.stages import STAGES, ArStage, DecoderStage
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-
-from configs.errors import UserError
-from configs.rows import load_rows
-from configs.schema import RunConfig
-from inference.engine import Engine
-from inference.model import add_adapter, load_pipeline, module_of, pick_device, resume_adapter
-from rewards.base import Reward
-from rewards.registry import load_rewards
-from train import checkpoint, gate
-from train.metrics import prepare_trackers
-from train.stages import STAGES, ArStage, DecoderStage
 
 
 @dataclass

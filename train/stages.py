@@ -5,16 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from duet.configs.rows import read_picture
+from duet.configs.schema import RunConfig
+from duet.inference.decoder import step_kl
+from duet.inference.engine import Engine
+from duet.inference.model import adapter_disabled, module_of
+from duet.inference.rollout import Request, Rollout
+from duet.train.loss import k3_kl
+from duet.train.prompts import Group, derive_seed
 from torch import Tensor
-
-from configs.rows import read_picture
-from configs.schema import RunConfig
-from inference.decoder import step_kl
-from inference.engine import Engine
-from inference.model import adapter_disabled, module_of
-from inference.rollout import Request, Rollout
-from train.loss import k3_kl
-from train.prompts import Group, derive_seed
 
 
 @dataclass(frozen=True)

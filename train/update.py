@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+from duet.inference.rollout import Rollout
+from duet.train.loss import policy_loss
+from duet.train.metrics import Means
+from duet.train.setup import Run
+from duet.train.stages import select_samples
 from tqdm import tqdm
-
-from inference.rollout import Rollout
-from train.loss import policy_loss
-from train.metrics import Means
-from train.setup import Run
-from train.stages import select_samples
 
 
 def update(run: Run, rollouts: Sequence[Rollout], advantages: torch.Tensor) -> dict:

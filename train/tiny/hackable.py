@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from rewards.base import RewardInput
-from train.watch import sharpness
+from duet.rewards.base import RewardInput
+from duet.train.watch import sharpness
 
 
 class Sharpness:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from duet.train.tiny.world import PALETTE, Card, draw, sample_card, training_caption
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -14,8 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast
-
-from train.tiny.world import PALETTE, Card, draw, sample_card, training_caption
 
 _CONTEXT, _EMBEDDING = 64, 64
 _MODEL_CFG = {

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from rewards.base import RewardInput
-from train.tiny.world import Card, colour_obedience
+from duet.rewards.base import RewardInput
+from duet.train.tiny.world import Card, colour_obedience
 
 
 class ColourObedience:

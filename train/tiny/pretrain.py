@@ -1,4 +1,4 @@
-"""Build and pretrain `configs/tiny/model`: python -m train.tiny.pretrain [STAGE ...]
+"""Build and pretrain `configs/tiny/model`: python -m duet.train.tiny.pretrain [STAGE ...]
 
 Seeded. Without arguments every stage runs in order; a stage reads what the
 stages before it wrote, so any one can be repeated by name.
@@ -13,13 +13,10 @@ from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
-from torch.nn import functional as F
-from tqdm import trange
-
-from inference.layout import generation_grids, grid_positions, prompt_positions
-from train.tiny import decoder_pretraining, judges
-from train.tiny.parts import CODEBOOK_SIZE, build_pipeline, size_mib
-from train.tiny.world import (
+from duet.inference.layout import generation_grids, grid_positions, prompt_positions
+from duet.train.tiny import decoder_pretraining, judges
+from duet.train.tiny.parts import CODEBOOK_SIZE, build_pipeline, size_mib
+from duet.train.tiny.world import (
     HEIGHT_PIXELS,
     WIDTH_PIXELS,
     Card,
@@ -27,6 +24,8 @@ from train.tiny.world import (
     sample_card,
     training_caption,
 )
+from torch.nn import functional as F
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 MODEL, PROMPTS, JUDGES = ROOT / "model", ROOT / "prompts", ROOT / "judges"
@@ -146,7 +145,7 @@ def train_ar(seed: int = 1, cards: int = 4000, steps: int = 2000, batch: int = 3
         if step % 20 == 0:
             first, last = losses[:, 0].mean(), losses[:, -large:].mean()
             progress.set_postfix(loss=f"{loss:.3f}", first=f"{first:.3f}", large=f"{last:.3f}")
-    # what `inference.generate` takes when nothing else is said
+    # what `duet.inference.generate` takes when nothing else is said
     model.generation_config.temperature, model.generation_config.top_p = 1.0, 0.9
     model.eval().save_pretrained(MODEL / "vision_language_encoder")
 

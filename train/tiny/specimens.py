@@ -1,6 +1,6 @@
 """Twelve pictures of one card, from clean to noise: what each reward makes of them.
 
-    python -m train.tiny.specimens runs/specimens
+    python -m duet.train.tiny.specimens runs/specimens
 
 writes the pictures, `prompts.jsonl` with their row, and the table in Markdown.
 """
@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from duet.configs.schema import RewardConfig
+from duet.rewards.base import RewardInput, score
+from duet.rewards.registry import load_reward
+from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, Card, Shape, draw
 from PIL import Image, ImageFilter
-
-from configs.schema import RewardConfig
-from rewards.base import RewardInput, score
-from rewards.registry import load_reward
-from train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, Card, Shape, draw
 
 CARD = Card("red", (Shape("circle", "blue", "on the left"),), "white", "CHAP")
 _JUDGES = Path("configs/tiny/judges")
