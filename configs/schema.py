@@ -23,6 +23,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """What forward passes run in: a policy is its weights and their arithmetic."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+
+    @property
+    def precision(self) -> str:
+        """The coarsest dtype that products are rounded to."""
+        return AUTOCAST.get(self.mixed_precision, self.dtype)
+
+
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str  # JSONL rows: prompt, and what the rewards read (text, image, ...)
     eval: str
@@ -84,13 +100,18 @@ class GrpoConfig:
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float | None = None  # and above 1 + epsilon_high (default: epsilon)
     beta: float = 0.0  # weight of the KL to the reference (adapter off)
-    loss_type: Literal["grpo", "dr_grpo"] = "grpo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence: GSPO
     scale_rewards: bool = True  # divide by the group's standard deviation
     multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = (
         "normalize_then_sum"
     )
     num_iterations: int = 1  # passes over one rollout
+    # whose log-probs the ratio starts from. sampler: as recorded, no extra pass; trainer: the
+    # training forward's own, so that the ratio starts at exactly 1. auto: sampler in float32,
+    # where the two agree to rounding; trainer in low precision, where they part by nats
+    old_logprobs: Literal["auto", "sampler", "trainer"] = "auto"
+    importance_sampling_cap: float = 2.0  # of trainer over sampler (truncated importance weight)
 
     def __post_init__(self) -> None:
         _require(0 < self.epsilon < 1, "grpo.epsilon", self.epsilon, "0 < epsilon < 1")
@@ -98,6 +119,8 @@ class GrpoConfig:
         _require(high is None or high > 0, "grpo.epsilon_high", high, "> 0")
         _require(self.beta >= 0, "grpo.beta", self.beta, ">= 0")
         _require(self.num_iterations >= 1, "grpo.num_iterations", self.num_iterations, ">= 1")
+        cap = self.importance_sampling_cap
+        _require(cap >= 1, "grpo.importance_sampling_cap", cap, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -219,6 +242,17 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(self.model.dtype, self.train.mixed_precision)
+
+    @property
+    def old_logprobs(self) -> str:
+        """`sampler` or `trainer`."""
+        if self.grpo.old_logprobs != "auto":
+            return self.grpo.old_logprobs
+        return "sampler" if self.arithmetic.precision == "float32" else "trainer"
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")

@@ -1,18 +1,18 @@
-"""The AR: a grid of visual tokens, sampled and scored by one distribution.
+"""The AR's policy: one distribution over the codebook, which samples and which scores.
 
-The grid is decoded by construction (preview, then large, exactly T tokens), so
-there is no end token to sample; ids outside the codebook get no probability.
+The grid is decoded by construction (exactly T tokens), so there is no end token to
+sample; ids outside the codebook get no probability.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from duet.inference.layout import Grid, grid_positions, prompt_positions
-from duet.inference.rollout import TokenTrajectory, seeded
+from duet.configs.schema import SamplingConfig
+from duet.inference.prompt import PromptBatch
+from duet.inference.rollout import TokenTrajectory
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import DynamicCache
+from torch.nn import Module
 
 
 def policy_logprobs(
@@ -49,142 +49,77 @@ def kept_support(logprobs: Tensor, top_k: int, top_p: float) -> Tensor | None:
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
-def pack_support(support: Tensor) -> np.ndarray:
-    """Bool [..., V] -> uint8 [..., ceil(V / 8)]."""
-    return np.packbits(support.cpu().numpy(), axis=-1)
+_BITS = 8  # of a byte
 
 
-def unpack_support(packed: np.ndarray, codebook_size: int, device: torch.device) -> Tensor:
-    bits = np.unpackbits(packed, axis=-1, count=codebook_size)
-    return torch.from_numpy(bits).bool().to(device)
+def pack_support(support: Tensor) -> Tensor:
+    """Bool [..., V] -> uint8 [..., ceil(V / 8)], bit i of byte b for id 8 b + i."""
+    whole = torch.nn.functional.pad(support, (0, -support.shape[-1] % _BITS))
+    weights = 2 ** torch.arange(_BITS, device=support.device)
+    return (whole.unflatten(-1, (-1, _BITS)) * weights).sum(-1).to(torch.uint8)
 
 
-def left_pad(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts [P_i] -> ids and attention mask, both int64 [B, P]."""
-    longest = max(len(p) for p in prompts)
-    ids = torch.stack([pad(p, (longest - len(p), 0), value=pad_id) for p in prompts])
-    mask = torch.stack([pad(torch.ones_like(p), (longest - len(p), 0)) for p in prompts])
-    return ids, mask
+def unpack_support(packed: Tensor, codebook_size: int) -> Tensor:
+    """The reverse of `pack_support`: bool [..., V]."""
+    shifts = torch.arange(_BITS, device=packed.device, dtype=torch.uint8)
+    bits = (packed[..., None] >> shifts) & 1
+    return bits.flatten(-2)[..., :codebook_size].bool()
 
 
-@torch.no_grad()
-def prefill(model, prompts: Sequence[Tensor], repeats: Sequence[int]) -> tuple:
-    """Run every prompt once, then repeat its cache: the logits that follow it, cache, mask."""
-    ids, mask = left_pad(prompts, model.config.text_config.pad_token_id)
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=prompt_positions(mask),
-        past_key_values=DynamicCache(config=model.config.text_config),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    rows = torch.repeat_interleave(
-        torch.arange(len(prompts), device=ids.device), torch.tensor(repeats, device=ids.device)
-    )
-    output.past_key_values.batch_select_indices(rows)
-    return output.logits[rows, -1], output.past_key_values, mask[rows]
+@dataclass(frozen=True)
+class Draw:
+    """One token of B samples."""
+
+    token: Tensor  # int64 [B]
+    logprob: Tensor  # float32 [B], nats
+    support: Tensor | None  # uint8 [B, ceil(V / 8)]
 
 
-@torch.no_grad()
-def decode_one(model, tokens: Tensor, mask: Tensor, positions: Tensor, cache) -> Tensor:
-    """One step for all samples: tokens [B], positions [3, B, 1] -> logits [B, vocabulary]."""
-    output = model(
-        input_ids=tokens[:, None],
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]
+def draw(logits: Tensor, uniform: Tensor, codebook_size: int, sampling: SamplingConfig) -> Draw:
+    """Inverse CDF of one uniform a sample: logits [B, vocabulary], uniform float64 [B]."""
+    distribution = policy_logprobs(logits, codebook_size, sampling.temperature)
+    support = kept_support(distribution, sampling.top_k, sampling.top_p)
+    if support is not None:
+        distribution = policy_logprobs(logits, codebook_size, sampling.temperature, support)
+        support = pack_support(support)
+    cumulative = distribution.double().exp().cumsum(-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=codebook_size - 1)
+    return Draw(token[:, 0], distribution.gather(-1, token)[:, 0], support)
 
 
-@torch.no_grad()
-def sample_tokens(
-    model,
-    prompts: Sequence[Tensor],
-    seeds: Sequence[Sequence[int]],
-    grids: tuple[Grid, Grid],
-    codebook_size: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    on_token: Callable[[], None] = lambda: None,
-) -> list[TokenTrajectory]:
-    """Sample every seed of every prompt, all at once: one trajectory a prompt.
+@dataclass(frozen=True)
+class TokenScores:
+    """Sampled tokens under the weights of the moment, nats."""
 
-    A sample's draws come from its own generator (inverse CDF of one uniform a
-    token), so they do not depend on the batch.
-    """
-    device = model.device
-    counts = [len(s) for s in seeds]
-    total = sum(g.count for g in grids)
-    draws = [seeded(s, "tokens") for group in seeds for s in group]
-    uniforms = torch.stack([torch.rand(total, generator=g, dtype=torch.float64) for g in draws]).to(
-        device
-    )
-    logits, cache, mask = prefill(model, [p.to(device) for p in prompts], counts)
-    positions = grid_positions(mask.sum(-1), grids)  # [3, B, T]
-    mask = pad(mask, (0, total), value=1)
-    prompt_length = mask.shape[1] - total
-    tokens, logprobs, supports = [], [], []
-    for t in range(total):
-        distribution = policy_logprobs(logits, codebook_size, temperature)
-        support = kept_support(distribution, top_k, top_p)
-        if support is not None:
-            distribution = policy_logprobs(logits, codebook_size, temperature, support)
-            supports.append(pack_support(support))
-        cumulative = distribution.double().exp().cumsum(-1)
-        threshold = uniforms[:, t, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, threshold, right=True)
-        token = token.clamp(max=codebook_size - 1)
-        tokens.append(token[:, 0])
-        logprobs.append(distribution.gather(-1, token)[:, 0])
-        on_token()
-        if t + 1 < total:
-            seen = mask[:, : prompt_length + t + 1]
-            logits = decode_one(model, token[:, 0], seen, positions[:, :, t : t + 1], cache)
-    token_groups = torch.stack(tokens, 1).cpu().split(counts)
-    logprob_groups = torch.stack(logprobs, 1).cpu().split(counts)
-    support_groups = [None] * len(prompts)
-    if supports:
-        support_groups = np.split(np.stack(supports, 1), np.cumsum(counts)[:-1])
-    return [
-        TokenTrajectory(prompt.cpu(), grids, *group, temperature, support)
-        for prompt, *group, support in zip(
-            prompts, token_groups, logprob_groups, support_groups, strict=True
-        )
-    ]
+    logprobs: Tensor  # float32 [B, T]
+    entropy: Tensor  # float32 [B, T], detached
 
 
-def token_logprobs(
-    model, trajectories: Sequence[TokenTrajectory], codebook_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Teacher-forced log-probs and entropies of sampled tokens, both float32 [sum N, T], nats.
+def score_tokens(
+    model: Module, trajectories: Sequence[TokenTrajectory], codebook_size: int, device: torch.device
+) -> TokenScores:
+    """Teacher-forced scores of all samples of the trajectories, in their order.
 
     The positions are explicit: without them the model would read image tokens as
     text. All trajectories must share their grids and temperature.
     """
     first = trajectories[0]
-    assert all((t.grids, t.temperature) == (first.grids, first.temperature) for t in trajectories)
+    assert all(t.temperature == first.temperature for t in trajectories)
     tokens = torch.cat([t.tokens for t in trajectories]).to(device)
-    prompts = [t.prompt_ids for t in trajectories for _ in range(len(t))]
-    ids, mask = left_pad(prompts, pad_id=0)
-    ids, mask = ids.to(device), mask.to(device)
-    positions = torch.cat([prompt_positions(mask), grid_positions(mask.sum(-1), first.grids)], -1)
+    batch = PromptBatch.of([t.prompt for t in trajectories for _ in range(len(t))], 0, device)
     logits = model(
-        input_ids=torch.cat([ids, tokens], -1)[:, :-1],
-        attention_mask=torch.cat([mask, torch.ones_like(tokens)], -1)[:, :-1],
-        position_ids=positions[..., :-1],
+        input_ids=torch.cat([batch.ids, tokens], -1)[:, :-1],
+        attention_mask=batch.seen(tokens.shape[1] - 1),
+        position_ids=batch.positions[..., :-1],
         logits_to_keep=tokens.shape[1],
         use_cache=False,
     ).logits
     support = None
     if first.support is not None:
-        packed = np.concatenate([t.support for t in trajectories])
-        support = unpack_support(packed, codebook_size, device)
+        packed = torch.cat([t.support for t in trajectories]).to(device)
+        support = unpack_support(packed, codebook_size)
     distribution = policy_logprobs(logits, codebook_size, first.temperature, support)
     logprobs = distribution.gather(-1, tokens[..., None])[..., 0]
     entropy = torch.special.entr(distribution.detach().exp()).sum(-1)
-    return logprobs, entropy
+    return TokenScores(logprobs, entropy)

@@ -1,29 +1,46 @@
 """The only door to the model: requests in, rollouts out.
 
-Training rollouts, evaluation and final generation all come through here.
+Training rollouts, evaluation and final generation all come through here, and run in one
+arithmetic: a policy is its weights and the precision that they are run in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 from diffusers import GlmImagePipeline
 from duet.configs.errors import UserError
-from duet.configs.schema import SamplingConfig, SdeConfig
-from duet.inference import autoregressive, decoder
-from duet.inference.decoder import Conditions
+from duet.configs.schema import AUTOCAST, Arithmetic, SamplingConfig, SdeConfig
+from duet.inference import autoregressive, decoder, pictures
+from duet.inference.autoregressive import TokenScores
+from duet.inference.batching import in_batches
+from duet.inference.decoder import LatentJob, StepScores, sample_latents
+from duet.inference.decoding import TokenJob, sample_tokens
 from duet.inference.flow import Schedule, make_schedule
-from duet.inference.layout import generation_grids, large_grid, split_grids, upsample_prior
-from duet.inference.rollout import LatentTrajectory, Request, Rollout, TokenTrajectory, seeded
-from PIL import Image
+from duet.inference.glyphs import glyph_embedding
+from duet.inference.layout import Size, upsample_prior
+from duet.inference.prompt import text_prompt
+from duet.inference.request import Request
+from duet.inference.rollout import (
+    Conditions,
+    Decoded,
+    Denoising,
+    LatentTrajectory,
+    Rollout,
+    TokenTrajectory,
+    seeded,
+)
+from duet.inference.samples import Kind, join
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 
 class Engine:
     """Samples and scores with the parts of a GLM-Image checkpoint.
 
-    `batch_size` caps the samples run at once; results do not depend on it.
+    `batch_size` caps the samples run at once; results do not depend on it. `autocast` is
+    the dtype of mixed precision, None where the parts run in their own.
     """
 
     def __init__(
@@ -32,14 +49,16 @@ class Engine:
         sampling: SamplingConfig,
         sde: SdeConfig = SdeConfig(),
         batch_size: int = 16,
+        autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
         self.sde = sde
         self.batch_size = batch_size
+        self.autocast = autocast
         self.progress = progress
-        self.null_glyphs = decoder.glyph_embedding(pipeline, "")[None]
+        self.null_glyphs = self._glyphs("")
 
     @property
     def device(self) -> torch.device:
@@ -49,253 +68,129 @@ class Engine:
     def codebook_size(self) -> int:
         return self.pipeline.vision_language_encoder.config.vq_config.num_embeddings
 
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """The precision of every forward: of sampling, scoring, evaluation and generation."""
+        enabled = self.autocast is not None
+        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=enabled):
+            yield
+
     def rollout(self, requests: Sequence[Request], window: range = range(0)) -> list[Rollout]:
-        """Run every request: tokens (unless given), then latents, then pictures.
+        """Run every request: tokens (unless the prior is given), then latents, then pictures.
 
         The steps in `window` are SDE steps and kept; the rest is ODE.
-        Raises UserError for source images and for sizes that do not fit.
         """
-        for request in requests:
-            self._check(request)
-        trajectories = self._sample_tokens(requests)
-        priors = [self._priors(r, t) for r, t in zip(requests, trajectories, strict=True)]
-        decoded = self._sample_latents(requests, priors, window)
+        tokens = self._sample_tokens(requests)
+        priors = [_prior(r, t) for r, t in zip(requests, tokens, strict=True)]
+        decoded = self.decode(requests, priors, window)
         return [
-            Rollout(request, decoder.to_images(pixels), prior, tokens, latents)
-            for request, prior, tokens, (pixels, latents) in zip(
-                requests, priors, trajectories, decoded, strict=True
-            )
+            Rollout(request, pictures.to_images(made.pixels), prior, own, made.latents)
+            for request, prior, own, made in zip(requests, priors, tokens, decoded, strict=True)
         ]
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """Final pictures: pure ODE."""
-        return self.rollout(requests)
+    def priors(self, requests: Sequence[Request]) -> list[Tensor]:
+        """The AR's large grid for every sample, int64 [N, h * w], without a picture."""
+        return [_prior(r, t) for r, t in zip(requests, self._sample_tokens(requests), strict=True)]
 
-    def sample_priors(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Large-grid tokens [h * w] of each request's first seed, without a picture."""
-        for request in requests:
-            self._check(request)
-        return [
-            self._priors(r, t)[0]
-            for r, t in zip(requests, self._sample_tokens(requests), strict=True)
-        ]
+    def score_tokens(self, trajectories: Sequence[TokenTrajectory], model: Module) -> TokenScores:
+        """All samples under the current weights; `model`: the AR, or what wraps it (DDP)."""
+        with self.arithmetic():
+            return autoregressive.score_tokens(model, trajectories, self.codebook_size, self.device)
 
-    def final_pixels(self, request: Request) -> np.ndarray:
-        """Float pixels [N, H, W, 3] in [0, 1] of a request that fixes its prior tokens."""
-        self._check(request)
-        return self._sample_latents([request], [self._priors(request, None)], range(0))[0][0]
+    def score_steps(self, trajectory: LatentTrajectory, model: Module) -> StepScores:
+        """The trained steps under the current weights; `model`: the DiT, or what wraps it."""
+        with self.arithmetic():
+            return decoder.score_steps(model, trajectory, self.device)
 
-    def reference_pixels(self, request: Request) -> np.ndarray:
-        """The same by stock `GlmImagePipeline`, for a request that fixes prior and noise."""
-        large = large_grid(request.height, request.width)
-        return self.pipeline(
-            prompt=request.prompt,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=self.sampling.num_inference_steps,
-            guidance_scale=self.sampling.guidance_scale,
-            prior_token_ids=upsample_prior(request.prior_tokens[None], large).to(self.device),
-            latents=request.noise[None].to(self.device),
-            output_type="np",
-        ).images
+    def denoising(self, size: Size, window: range = range(0)) -> Denoising:
+        """How a picture of that size is denoised."""
+        steps, config = self.sampling.num_inference_steps, self.pipeline.scheduler.config
+        made = make_schedule(steps, size.dit_tokens, config)
+        schedule = Schedule(made.timesteps.to(self.device), made.sigmas.to(self.device))
+        return Denoising(schedule, self.sampling.guidance_scale, self.sde, window)
 
-    def token_logprobs(
-        self, trajectories: Sequence[TokenTrajectory], model=None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [sum N, T] under the current weights.
-
-        `model`: the module to run, where a wrapper (DDP) must see the forward.
-        """
-        model = model or self.pipeline.vision_language_encoder
-        return autoregressive.token_logprobs(model, trajectories, self.codebook_size, self.device)
-
-    def step_logprobs(self, trajectory: LatentTrajectory, model=None) -> Tensor:
-        """Log-probs [N, K] of the trained steps under the current weights."""
-        return self.step_transitions(trajectory, model)[0]
-
-    def step_transitions(self, trajectory: LatentTrajectory, model=None) -> tuple:
-        """Log-probs [N, K], means and stds [N * K, ...] of the trained steps."""
-        schedule = self.schedule(
-            trajectory.height, trajectory.width, trajectory.num_inference_steps
-        )
-        return decoder.step_transitions(
-            model or self.pipeline.transformer,
-            trajectory,
-            schedule,
-            self.null_glyphs,
-            self.sampling.guidance_scale,
-            self.sde,
-        )
-
-    def schedule(self, height: int, width: int, steps: int | None = None) -> Schedule:
-        tokens = large_grid(height, width).count * 4
-        made = make_schedule(
-            steps or self.sampling.num_inference_steps, tokens, self.pipeline.scheduler.config
-        )
-        return Schedule(made.timesteps.to(self.device), made.sigmas.to(self.device))
-
-    def initial_noise(self, seed: int, height: int, width: int) -> Tensor:
+    def initial_noise(self, seed: int, size: Size) -> Tensor:
         """Float32 [C, h, w]; equals the pipeline's draw from the same seed."""
         channels = self.pipeline.transformer.config.in_channels
-        shape = channels, height // 8, width // 8
-        return torch.randn(shape, generator=seeded(seed, "noise"))
-
-    @torch.no_grad()
-    def encode_prior(self, image: Image.Image, height: int, width: int) -> Tensor:
-        """The large-grid tokens [h * w] that the AR's own vision tower gives a picture."""
-        ar = self.pipeline.vision_language_encoder
-        inputs = self.pipeline.processor.image_processor(
-            images=[image.convert("RGB").resize((width, height))], return_tensors="pt"
-        ).to(self.device)
-        grid = inputs["image_grid_thw"]
-        wanted = large_grid(height, width)
-        if grid[0].tolist() != [1, wanted.height, wanted.width]:
-            raise UserError(
-                f"a reference image of {height} x {width} pixels gives the token grid "
-                f"{grid[0].tolist()[1:]}: the image processor's size limits exclude it"
-            )
-        features = ar.get_image_features(inputs["pixel_values"], grid).pooler_output
-        return ar.get_image_tokens(features, grid).cpu()
-
-    def _check(self, request: Request) -> None:
-        if request.source_images:
-            raise UserError(
-                f"request {request.prompt!r} carries {len(request.source_images)} source images: "
-                "image-to-image is not served yet, give none"
-            )
-        if not request.prompt.strip():
-            raise UserError("prompt = '' is empty: say what to draw")
-        if not request.seeds:
-            raise UserError(f"request {request.prompt!r} has no seeds: give one a sample")
-        try:
-            large = large_grid(request.height, request.width)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        prior = request.prior_tokens
-        if prior is not None and tuple(prior.shape) != (large.count,):
-            raise UserError(
-                f"prior_tokens of shape {tuple(prior.shape)}: allowed is {(large.count,)}"
-            )
-        if prior is not None and not 0 <= int(prior.min()) <= int(prior.max()) < self.codebook_size:
-            raise UserError(f"prior_tokens must be ids from 0 to {self.codebook_size - 1}")
+        return torch.randn((channels, *size.latent), generator=seeded(seed, "noise"))
 
     def _sample_tokens(self, requests: Sequence[Request]) -> list[TokenTrajectory | None]:
-        trajectories: list[TokenTrajectory | None] = [None] * len(requests)
-        open_requests = [i for i, r in enumerate(requests) if r.prior_tokens is None]
-        for size in sorted({(requests[i].height, requests[i].width) for i in open_requests}):
-            same = [i for i in open_requests if (requests[i].height, requests[i].width) == size]
-            grids = generation_grids(*size)
-            for batch in self._packed(requests, same):
-                with self._bar(sum(g.count for g in grids), "AR tokens") as bar:
-                    sampled = autoregressive.sample_tokens(
-                        self.pipeline.vision_language_encoder,
-                        [self._prompt_ids(requests[i]) for i in batch],
-                        [requests[i].seeds for i in batch],
-                        grids,
-                        self.codebook_size,
-                        self.sampling.temperature,
-                        self.sampling.top_k,
-                        self.sampling.top_p,
-                        bar.update,
-                    )
-                for i, trajectory in zip(batch, sampled, strict=True):
-                    trajectories[i] = trajectory
-        return trajectories
+        """A trajectory a request, None where its prior is given."""
+        written = [r for r in requests if r.prior is None]
+        prompts = [text_prompt(self.pipeline.processor, r) for r in written]
+        jobs = [
+            TokenJob(p, seed) for p, r in zip(prompts, written, strict=True) for seed in r.seeds
+        ]
 
-    def _packed(self, requests: Sequence[Request], indices: Sequence[int]) -> list[list[int]]:
-        """Whole requests in batches of about `batch_size` samples."""
-        batches: list[list[int]] = []
-        room = 0
-        for i in indices:
-            if not batches or len(requests[i].seeds) > room:
-                batches.append([])
-                room = self.batch_size
-            batches[-1].append(i)
-            room -= len(requests[i].seeds)
-        return batches
+        def run(batch: list[TokenJob]) -> list[TokenTrajectory]:
+            ar = self.pipeline.vision_language_encoder
+            with self._bar(batch[0].prompt.count, "AR tokens") as bar, self.arithmetic():
+                return sample_tokens(ar, batch, self.codebook_size, self.sampling, bar.update)
 
-    def _prompt_ids(self, request: Request) -> Tensor:
-        content = [{"type": "text", "text": request.prompt}]
-        inputs = self.pipeline.processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={
-                "target_h": request.height,
-                "target_w": request.width,
-                "return_tensors": "pt",
-            },
-        )
-        return inputs["input_ids"][0]
+        samples = in_batches(jobs, self.batch_size, lambda job: job.prompt.grids, run)
+        made = iter(_by_request(samples, written))
+        return [next(made) if r.prior is None else None for r in requests]
 
-    def _priors(self, request: Request, trajectory: TokenTrajectory | None) -> Tensor:
-        if trajectory is None:
-            return request.prior_tokens.cpu().expand(len(request.seeds), -1)
-        return split_grids(trajectory.tokens, trajectory.grids)[1]
+    def decode(
+        self, requests: Sequence[Request], priors: Sequence[Tensor], window: range = range(0)
+    ) -> list[Decoded]:
+        """Denoise every sample of the requests, each with its prior, int64 [N, h * w]."""
+        jobs = [
+            LatentJob(given, self._noise(request, seed), seed)
+            for request, prior in zip(requests, priors, strict=True)
+            for given, seed in zip(
+                self.conditions(request, prior).split(), request.seeds, strict=True
+            )
+        ]
+        bar = self._bar(len(jobs) * self.sampling.num_inference_steps, "denoising")
 
-    def _sample_latents(
-        self, requests: Sequence[Request], priors: Sequence[Tensor], window: range
-    ) -> list[tuple[np.ndarray, LatentTrajectory | None]]:
-        glyphs = [decoder.glyph_embedding(self.pipeline, r.prompt) for r in requests]
-        samples = [(i, n) for i, r in enumerate(requests) for n in range(len(r.seeds))]
-        # one size and one glyph length a batch, so that nothing is padded
-        kinds = [(requests[i].height, requests[i].width, len(glyphs[i])) for i, _ in samples]
-        batches = decoder.equal_batches(kinds, self.batch_size)
-        results: dict[tuple[int, int], tuple] = {}
-        steps = self.sampling.num_inference_steps
-        with self._bar(len(samples) * steps, "denoising") as bar:
-            for batch in batches:
-                chosen = [samples[b] for b in batch]
-                results |= self._denoise(requests, priors, glyphs, chosen, window, bar)
-        decoded = []
-        for i, request in enumerate(requests):
-            rows = [results[i, n] for n in range(len(request.seeds))]
-            latents = None
-            if window:
-                large = large_grid(request.height, request.width)
-                latents = LatentTrajectory(
-                    glyphs=glyphs[i],
-                    prior_tokens=upsample_prior(priors[i], large),
-                    latents=torch.stack([kept for _, kept, _ in rows]),
-                    logprobs=torch.stack([logprobs for _, _, logprobs in rows]),
-                    window=window,
-                    num_inference_steps=steps,
-                    height=request.height,
-                    width=request.width,
-                )
-            decoded.append((np.stack([pixels for pixels, _, _ in rows]), latents))
-        return decoded
+        def run(batch: list[LatentJob]) -> list[Decoded]:
+            how = self.denoising(batch[0].given.size, window)
+            dit, vae = self.pipeline.transformer, self.pipeline.vae
+            with self.arithmetic():
+                denoised = sample_latents(dit, batch, how, lambda: bar.update(len(batch)))
+                pixels = pictures.decode_pixels(vae, denoised.final)
+            return Decoded(pixels, denoised.trajectory).split()
 
-    def _denoise(self, requests, priors, glyphs, chosen, window: range, bar) -> dict:
-        """One batch of (request, sample) pairs of equal size and glyph length."""
-        first = requests[chosen[0][0]]
-        large = large_grid(first.height, first.width)
-        given = Conditions(
-            torch.stack([glyphs[i] for i, _ in chosen]),
-            self.null_glyphs,
-            upsample_prior(torch.stack([priors[i][n] for i, n in chosen]), large).to(self.device),
-            first.height,
-            first.width,
-            self.sampling.guidance_scale,
-        )
-        final, kept, logprobs = decoder.sample_latents(
-            self.pipeline.transformer,
-            torch.stack([self._noise(requests[i], n) for i, n in chosen]).to(self.device),
-            self.schedule(first.height, first.width),
-            given,
-            self.sde,
-            window,
-            [seeded(requests[i].seeds[n], "sde") for i, n in chosen] if window else (),
-            lambda: bar.update(len(chosen)),
-        )
-        pixels = decoder.decode_pixels(self.pipeline.vae, final)
-        rows = zip(pixels, kept.cpu(), logprobs.cpu(), strict=True)
-        return dict(zip(chosen, rows, strict=True))
+        with bar:
+            samples = in_batches(jobs, self.batch_size, lambda job: job.given.kind, run)
+        return _by_request(samples, requests)
 
-    def _noise(self, request: Request, sample: int) -> Tensor:
-        if request.noise is not None:
-            return request.noise.float()
-        return self.initial_noise(request.seeds[sample], request.height, request.width)
+    def conditions(self, request: Request, prior: Tensor) -> Conditions:
+        """What the DiT is told for each sample of a request, prior int64 [N, h * w].
+
+        Raises UserError for tokens outside the codebook.
+        """
+        if not 0 <= int(prior.min()) <= int(prior.max()) < self.codebook_size:
+            raise UserError(f"prior tokens must be ids from 0 to {self.codebook_size - 1}")
+        glyphs = self._glyphs(request.prompt).expand(len(prior), -1, -1)
+        upsampled = upsample_prior(prior, request.size.grid)
+        return Conditions(glyphs, upsampled, self.null_glyphs, request.size)
+
+    def _glyphs(self, prompt: str) -> Tensor:
+        with self.arithmetic():
+            glyphs = glyph_embedding(self.pipeline, prompt)
+        return glyphs.to(self.pipeline.transformer.dtype)
+
+    def _noise(self, request: Request, seed: int) -> Tensor:
+        return self.initial_noise(seed, request.size) if request.noise is None else request.noise
 
     def _bar(self, total: int, name: str) -> tqdm:
         return tqdm(total=total, desc=name, leave=False, disable=not self.progress)
+
+
+def _prior(request: Request, tokens: TokenTrajectory | None) -> Tensor:
+    if tokens is None:
+        return request.prior.cpu().expand(len(request), -1)
+    return tokens.prior
+
+
+def _by_request(samples: Sequence[Kind], requests: Sequence[Request]) -> list[Kind]:
+    """Samples in the order of the requests, joined to one a request."""
+    walk = iter(samples)
+    return [join([next(walk) for _ in request.seeds]) for request in requests]
+
+
+def autocast_dtype(arithmetic: Arithmetic) -> torch.dtype | None:
+    name = AUTOCAST.get(arithmetic.mixed_precision)
+    return name and getattr(torch, name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from duet.inference.samples import Samples
 from torch import Tensor
 
 
@@ -55,10 +56,35 @@ def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     return x + v * (sigma_next - sigma)
 
 
-def flow_sde_step(
-    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, a: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the Flow-SDE transition.
+@dataclass(frozen=True)
+class Gaussian(Samples):
+    """An SDE step's N(mean, std^2), independent a latent dimension."""
+
+    per_sample = ("mean", "std")
+
+    mean: Tensor  # float32 [..., C, h, w]
+    std: Tensor  # float32 [..., 1, 1, 1], in front the same dimensions or ones
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return self.mean + self.std * noise
+
+    def logprob(self, x: Tensor) -> Tensor:
+        """log N(x; mean, std^2), averaged over the latent dimensions: [..., C, h, w] -> [...]."""
+        z = (x - self.mean) / self.std
+        density = -0.5 * z**2 - torch.log(self.std) - 0.5 * math.log(2 * math.pi)
+        return density.mean((-3, -2, -1))
+
+    def kl(self, reference: "Gaussian") -> Tensor:
+        """KL(self || reference) of one std: (mean - mean_ref)^2 / (2 s^2 |dt|), averaged."""
+        return ((self.mean - reference.mean) ** 2 / (2 * self.std**2)).mean((-3, -2, -1))
+
+    def unflatten(self, count: int) -> "Gaussian":
+        """Leading [N * K] -> [N, K]."""
+        return Gaussian(self.mean.unflatten(0, (-1, count)), self.std.unflatten(0, (-1, count)))
+
+
+def flow_sde_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, a: float) -> Gaussian:
+    """The Flow-SDE transition.
 
     s = a sqrt(sigma / (1 - sigma)), at sigma = 1 with the next sigma in the denominator;
     mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt;
@@ -67,13 +93,11 @@ def flow_sde_step(
     dt = sigma_next - sigma
     s = a * torch.sqrt(sigma / (1 - torch.where(sigma >= 1, sigma_next, sigma)))
     mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-    return mean, s * torch.sqrt(-dt)
+    return Gaussian(mean, s * torch.sqrt(-dt))
 
 
-def cps_step(
-    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the CPS transition.
+def cps_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> Gaussian:
+    """The CPS transition.
 
     std = sigma' sin(eta pi / 2);
     mean = (1 - sigma') (x - sigma v) + sqrt(sigma'^2 - std^2) (x + (1 - sigma) v).
@@ -81,22 +105,7 @@ def cps_step(
     std = sigma_next * math.sin(eta * math.pi / 2)
     noise_weight = torch.sqrt((sigma_next**2 - std**2).clamp(min=0))
     mean = (1 - sigma_next) * (x - sigma * v) + noise_weight * (x + (1 - sigma) * v)
-    return mean, std
+    return Gaussian(mean, std)
 
 
 SDE_STEPS = {"flow_sde": flow_sde_step, "cps": cps_step}
-
-
-def gaussian_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std^2), averaged over the latent dimensions: [B, C, h, w] -> [B]."""
-    z = (x - mean) / std
-    density = -0.5 * z**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
-    return density.flatten(1).mean(-1)
-
-
-def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(mean_ref, std^2)) = (mean - mean_ref)^2 / (2 s^2 |dt|).
-
-    Averaged over the latent dimensions: [B, C, h, w] -> [B].
-    """
-    return ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(-1)

@@ -1,18 +1,20 @@
 """Pictures from prompts: python -m duet.inference.generate --model FOLDER --prompt '...'"""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from duet.configs.errors import UserError, exit_on_user_error, require_folder
 from duet.configs.rows import load_rows
-from duet.configs.schema import SamplingConfig
+from duet.configs.schema import Arithmetic, SamplingConfig
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="duet generate",
         description=__doc__,
-        epilog="Unset numbers are the checkpoint's own, else the reference pipeline's.",
+        epilog="Unset numbers are what stock generation takes for the checkpoint.",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")
@@ -24,12 +26,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="picture i of a prompt takes seed + i")
     add("--height", type=int, help="pixels, a multiple of 32")
     add("--width", type=int, help="pixels, a multiple of 32")
-    add("--steps", type=int, help="denoising steps")
+    add("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     add("--guidance-scale", type=float)
     add("--temperature", type=float)
-    add("--top-k", type=int)
+    add("--top-k", type=int, help="0: all")
     add("--top-p", type=float)
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights, without mixed precision (default: as the adapters were trained, "
+        "else float32)",
+    )
     add("--batch-size", type=int, default=16, help="pictures at once")
     return parser.parse_args(arguments)
 
@@ -49,39 +56,68 @@ def main(arguments: list[str] | None = None) -> None:
         print(path)
 
 
-def generate(options: argparse.Namespace, prompts: list[str]) -> list[Path]:
+_SETTINGS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+)
+
+
+def generate(options: argparse.Namespace, prompts: Sequence[str]) -> list[Path]:
     """Write one PNG a picture; returns their paths. Existing files are never replaced."""
     folder = Path(options.output)
     require_folder("--output", folder)
-    from duet.inference.engine import Engine  # torch loads slowly: after the options are known good
-    from duet.inference.model import generation_defaults, load_adapter, load_pipeline
-    from duet.inference.rollout import Request
+    # torch loads slowly: after the options are known good
+    from duet.inference.adapters import load_adapter
+    from duet.inference.engine import Engine, autocast_dtype
+    from duet.inference.layout import Size
+    from duet.inference.model import generation_defaults, load_pipeline
+    from duet.inference.request import Request
 
-    pipeline = load_pipeline(options.model, options.dtype)
-    defaults = generation_defaults(pipeline)
-    given = {
-        "height": options.height,
-        "width": options.width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-    }
-    chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    sampling = SamplingConfig(**chosen)
+    arithmetic = choose_arithmetic(options.dtype, options.adapter)
+    pipeline = load_pipeline(options.model, arithmetic.dtype)
+    given = {n: getattr(options, n) for n in _SETTINGS if getattr(options, n) is not None}
+    sampling = SamplingConfig(**generation_defaults(pipeline) | given)
+    told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
+    print(f"{told}, {arithmetic.precision}", file=sys.stderr)
     for adapter in options.adapter:
         load_adapter(pipeline, adapter)
-    engine = Engine(pipeline, sampling, batch_size=options.batch_size)
+    engine = Engine(
+        pipeline,
+        sampling,
+        batch_size=options.batch_size,
+        autocast=autocast_dtype(arithmetic),
+    )
     seeds = tuple(range(options.seed, options.seed + options.num_images))
-    requests = [Request(p, seeds, sampling.height, sampling.width) for p in prompts]
+    size = Size(sampling.height, sampling.width)
+    requests = [Request(p, seeds, size) for p in prompts]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, rollout in enumerate(engine.generate(requests)):
-        for seed, image in zip(rollout.seeds, rollout.images, strict=True):
+    for number, rollout in enumerate(engine.rollout(requests)):
+        for seed, image in zip(seeds, rollout.images, strict=True):
             paths.append(_free_path(folder, f"{number:03d}-seed{seed}"))
             image.save(paths[-1])
     return paths
+
+
+def choose_arithmetic(dtype: str | None, adapters: Sequence[str]) -> Arithmetic:
+    """What was asked for, else what the adapters were trained in, so that theirs is the policy.
+
+    Raises UserError where they differ, and for a folder that holds no adapter.
+    """
+    from duet.inference.adapters import adapter_info
+
+    trained = {adapter: adapter_info(adapter).arithmetic for adapter in adapters}
+    if dtype is not None:
+        return Arithmetic(dtype)
+    if len(set(trained.values())) > 1:
+        told = "; ".join(f"{name} in {how}" for name, how in trained.items())
+        raise UserError(f"--adapter: {told}: give --dtype")
+    return next(iter(trained.values()), Arithmetic())
 
 
 def _free_path(folder: Path, stem: str) -> Path:

@@ -1,9 +1,10 @@
-"""Token grids, chat inputs and M-RoPE positions of GLM-Image: pure functions."""
+"""Sizes, token grids and M-RoPE positions of GLM-Image: pure functions."""
 
 import math
 from dataclasses import dataclass
 
 import torch
+from duet.configs.errors import UserError
 from torch import Tensor
 
 PIXELS_PER_TOKEN = 32
@@ -22,18 +23,39 @@ class Grid:
         return self.height * self.width
 
 
-def large_grid(height_pixels: int, width_pixels: int) -> Grid:
-    """The grid that reaches the DiT.
+@dataclass(frozen=True, order=True)
+class Size:
+    """Height and width of a picture in pixels.
 
-    Raises ValueError for a side that is no positive multiple of 32.
+    Raises UserError for a side that is no positive multiple of 32.
     """
-    for name, side in (("height", height_pixels), ("width", width_pixels)):
-        if side <= 0 or side % PIXELS_PER_TOKEN:
-            nearest = max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
-            raise ValueError(
-                f"{name} = {side} is no positive multiple of {PIXELS_PER_TOKEN}: try {nearest}"
-            )
-    return Grid(height_pixels // PIXELS_PER_TOKEN, width_pixels // PIXELS_PER_TOKEN)
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side <= 0 or side % PIXELS_PER_TOKEN:
+                nearest = max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
+                raise UserError(
+                    f"{name} = {side} is no positive multiple of {PIXELS_PER_TOKEN}: try {nearest}"
+                )
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that reaches the DiT."""
+        return Grid(self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN)
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Height and width in latents."""
+        return self.height // 8, self.width // 8
+
+    @property
+    def dit_tokens(self) -> int:
+        """How many tokens the DiT makes of the latents: 2 x 2 of them each."""
+        return self.grid.count * 4
 
 
 def preview_grid(large: Grid) -> Grid:
@@ -42,20 +64,8 @@ def preview_grid(large: Grid) -> Grid:
     return Grid(int(math.sqrt(ratio) * _PREVIEW_SIDE), int(math.sqrt(1 / ratio) * _PREVIEW_SIDE))
 
 
-def generation_grids(height_pixels: int, width_pixels: int) -> tuple[Grid, Grid]:
-    """Text to image: (preview, large), the order in which they are written."""
-    large = large_grid(height_pixels, width_pixels)
-    return preview_grid(large), large
-
-
-def prompt_positions(attention_mask: Tensor) -> Tensor:
-    """M-RoPE positions of a text prompt, [B, P] -> [3, B, P]; left padding gets 0."""
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return positions.expand(3, *positions.shape)
-
-
-def grid_positions(start: Tensor, grids: tuple[Grid, ...]) -> Tensor:
-    """M-RoPE positions of generated grids, [B] first free positions -> [3, B, T].
+def grid_positions(grids: tuple[Grid, ...]) -> Tensor:
+    """M-RoPE positions of generated grids, counted from the first free one: int64 [3, T].
 
     Token (row, col) of a grid that begins at p stands at (p, p + row, p + col),
     and the next grid begins at p + max(height, width)
@@ -67,13 +77,7 @@ def grid_positions(start: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         col = torch.arange(grid.width).repeat(grid.height)
         columns.append(torch.stack([torch.zeros_like(row), row, col]) + offset)
         offset += max(grid.height, grid.width)
-    relative = torch.cat(columns, dim=-1).to(start.device)  # [3, T]
-    return start[None, :, None] + relative[:, None]
-
-
-def split_grids(tokens: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, ...]:
-    """[B, T] -> one [B, h * w] a grid."""
-    return tokens.split([g.count for g in grids], dim=-1)
+    return torch.cat(columns, dim=-1)
 
 
 def upsample_prior(tokens: Tensor, grid: Grid) -> Tensor:

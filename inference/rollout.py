@@ -1,101 +1,109 @@
-"""What goes into the engine and what comes out, field by field.
+"""What comes out of the engine, field by field: trajectories know how they were sampled.
 
 N samples of one prompt, T visual tokens, K trained denoising steps, V codebook
 ids, latents [C, h, w] = [16, height / 8, width / 8].
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from duet.inference.layout import Grid
+from duet.configs.schema import SdeConfig
+from duet.inference.flow import Schedule
+from duet.inference.layout import Size
+from duet.inference.prompt import Prompt
+from duet.inference.request import Request
+from duet.inference.samples import Samples
 from PIL import Image
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Request:
-    """One group: a prompt and a seed for every sample of it."""
+class TokenTrajectory(Samples):
+    """The AR's actions on one prompt: its grids, token by token."""
 
-    prompt: str
-    seeds: tuple[int, ...]  # N; each drives that sample's tokens, noise and SDE steps
-    height: int  # pixels
-    width: int
-    source_images: tuple[Image.Image, ...] = ()
-    prior_tokens: Tensor | None = None  # int64 [h * w], the large grid, for all samples
-    noise: Tensor | None = None  # float32 [C, h, w], the initial noise, for all samples
+    per_sample = ("tokens", "logprobs", "support")
 
-
-@dataclass(frozen=True)
-class TokenTrajectory:
-    """The AR's actions on one prompt: preview, then large grid."""
-
-    prompt_ids: Tensor  # int64 [P], no padding
-    grids: tuple[Grid, Grid]
-    tokens: Tensor  # int64 [N, T]
-    logprobs: Tensor  # float32 [N, T], nats
+    prompt: Prompt
     temperature: float
-    support: np.ndarray | None  # uint8 [N, T, ceil(V / 8)] bits of kept ids; None: all kept
+    tokens: Tensor  # int64 [N, T]
+    logprobs: Tensor  # float32 [N, T], nats, as the sampler saw them
+    support: Tensor | None  # uint8 [N, T, ceil(V / 8)] bits of kept ids; None: all kept
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def select(self, index: Sequence[int]) -> "TokenTrajectory":
-        support = None if self.support is None else self.support[list(index)]
-        return TokenTrajectory(
-            self.prompt_ids,
-            self.grids,
-            self.tokens[list(index)],
-            self.logprobs[list(index)],
-            self.temperature,
-            support,
-        )
+    @property
+    def prior(self) -> Tensor:
+        """The large grid, int64 [N, h * w]."""
+        return self.tokens[:, -self.prompt.grids[-1].count :]
 
 
 @dataclass(frozen=True)
-class LatentTrajectory:
+class Conditions(Samples):
+    """What the DiT is told, for N samples of one size and one glyph length."""
+
+    per_sample = ("glyphs", "prior")
+
+    glyphs: Tensor  # [N, L, D] glyph embeddings
+    prior: Tensor  # int64 [N, 2h * 2w], at the DiT's resolution
+    null_glyphs: Tensor  # [1, L0, D], the embedding of ""
+    size: Size
+
+    @property
+    def kind(self) -> tuple[Size, int]:
+        """What must be equal to stand in one batch, so that nothing is padded."""
+        return self.size, self.glyphs.shape[1]
+
+    def repeat_each(self, count: int) -> "Conditions":
+        """Every sample `count` times in a row."""
+        return self.select([n for n in range(len(self)) for _ in range(count)])
+
+    def to(self, device: torch.device) -> "Conditions":
+        glyphs, prior, null = (x.to(device) for x in (self.glyphs, self.prior, self.null_glyphs))
+        return replace(self, glyphs=glyphs, prior=prior, null_glyphs=null)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How latents are denoised: a replay asks it, and no engine."""
+
+    schedule: Schedule
+    guidance_scale: float
+    sde: SdeConfig
+    window: range  # steps with noise, the policy's actions; the others follow the ODE
+
+
+@dataclass(frozen=True)
+class LatentTrajectory(Samples):
     """The decoder's actions on one prompt: the SDE steps of the window."""
 
-    glyphs: Tensor  # [L, D] glyph embedding of the prompt
-    prior_tokens: Tensor  # int64 [N, 2h * 2w] at the DiT's resolution
+    per_sample = ("latents", "logprobs", "given")
+
+    given: Conditions
+    how: Denoising
     latents: Tensor  # float32 [N, K + 1, C, h, w]; step k goes from k to k + 1
     logprobs: Tensor  # float32 [N, K], nats, mean over latent dimensions
-    window: range  # the K step indices in the schedule
-    num_inference_steps: int
-    height: int  # pixels
-    width: int
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def select(self, index: Sequence[int]) -> "LatentTrajectory":
-        index = list(index)
-        return LatentTrajectory(
-            self.glyphs,
-            self.prior_tokens[index],
-            self.latents[index],
-            self.logprobs[index],
-            self.window,
-            self.num_inference_steps,
-            self.height,
-            self.width,
-        )
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Decoded(Samples):
+    """What the decoder made of a request's priors."""
+
+    per_sample = ("pixels", "latents")
+
+    pixels: np.ndarray  # float32 [N, H, W, 3] in [0, 1]
+    latents: LatentTrajectory | None  # None: pure ODE
+
+
+@dataclass(frozen=True)
+class Rollout(Samples):
     """N samples of one request."""
+
+    per_sample = ("images", "prior", "tokens", "latents")
 
     request: Request
     images: list[Image.Image] = field(repr=False)
-    prior_tokens: Tensor  # int64 [N, h * w], the large grid
-    token_trajectory: TokenTrajectory | None = None  # None: the prior tokens were given
-    latent_trajectory: LatentTrajectory | None = None  # None: pure ODE
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return self.request.seeds
+    prior: Tensor  # int64 [N, h * w], the large grid
+    tokens: TokenTrajectory | None  # None: the prior was given
+    latents: LatentTrajectory | None  # None: pure ODE
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:

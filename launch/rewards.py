@@ -120,7 +120,7 @@ def _serve(options: argparse.Namespace) -> None:
         raise UserError(f"--max-body-mib = {options.max_body_mib} is out of range: allowed is >= 1")
     configs = read_rewards(options.config)
     try:
-        from duet.rewards.serve import serve
+        from duet.rewards.service.serve import serve
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: pip install 'duet[serve]'") from error
     serve(configs, options.host, options.port, options.max_body_mib * 2**20)

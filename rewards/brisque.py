@@ -19,7 +19,7 @@ from scipy.special import gamma
 Array = NDArray[np.float64]
 
 # The regressor's own conventions: what it was trained on.
-_GREY = np.array([0.2125, 0.7154, 0.0721])  # ITU-R BT.709
+GREY = np.array([0.2125, 0.7154, 0.0721])  # ITU-R BT.709
 _WINDOW = np.exp(-0.5 * (np.arange(-3, 4) / (7 / 6)) ** 2)
 _WINDOW /= _WINDOW.sum()
 _HALVE = np.array([-0.09375, 0.59375, 0.59375, -0.09375])  # cubic, a = -0.75, between pixels
@@ -52,7 +52,7 @@ def brisque(image: Image.Image) -> float:
 
 def features(image: Image.Image) -> Array:
     """36 features: 18 of the picture and 18 of it at half size."""
-    grey = np.asarray(image.convert("RGB"), dtype=float) @ _GREY
+    grey = np.asarray(image.convert("RGB"), dtype=float) @ GREY
     return np.concatenate([_statistics(grey), _statistics(_half(grey))])
 
 
@@ -72,7 +72,7 @@ def _half(grey: Array) -> Array:
 
 def _statistics(grey: Array) -> Array:
     """18 features of one scale: of the contrasts, and of their products with 4 neighbours."""
-    x = _contrasts(grey)
+    x = contrasts(grey)
     pairs = [
         x[:, :-1] * x[:, 1:],
         x[:-1] * x[1:],
@@ -83,7 +83,7 @@ def _statistics(grey: Array) -> Array:
     return np.array([shape, (left + right) / 2, *(f for p in pairs for f in _pair(p))])
 
 
-def _contrasts(grey: Array) -> Array:
+def contrasts(grey: Array) -> Array:
     """Mean-subtracted, contrast-normalised pixels (the paper's MSCN), equation 1."""
     mean = _smooth(grey)
     deviation = np.sqrt(np.abs(_smooth(grey**2) - mean**2))

@@ -1,8 +1,9 @@
 """What rewards there are, read from their source: a list must not cost an import of torch."""
 
 import ast
+import sys
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +51,9 @@ def _find(module: str) -> ModuleSpec | None:
     top, *parts = module.split(".")
     spec = find_spec(top)
     for part in parts:
-        if spec is None:
+        if spec is None or spec.submodule_search_locations is None:
             return None
-        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+        name, folders = f"{spec.name}.{part}", spec.submodule_search_locations
+        found = (finder.find_spec(name, folders) for finder in sys.meta_path)
+        spec = next((s for s in found if s), None)
     return spec

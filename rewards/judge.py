@@ -22,7 +22,7 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 _FIELD = re.compile(r"prompt|row\[[^\[\]]+\]")  # what a question may name
-_PAUSE_SECONDS = 0.5  # before the first retry; doubled for each further one
+PAUSE_SECONDS = 0.5  # before the first retry; doubled for each further one
 
 
 class Judge:
@@ -86,7 +86,7 @@ class Judge:
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
+                time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
             try:
                 response = client.post(self.url, json=request)
             except httpx.RequestError as error:

@@ -18,13 +18,13 @@ BUILT_IN = {
     "brisque": "duet.rewards.brisque.Brisque",
     "diversity": "duet.rewards.diversity.Diversity",
     "fidelity": "duet.rewards.fidelity.Fidelity",
-    "hpsv2": "duet.rewards.preference.HpsV2",
+    "hpsv2": "duet.rewards.hpsv2.HpsV2",
     "judge": "duet.rewards.judge.Judge",
     "ocr": "duet.rewards.ocr.Ocr",
-    "pickscore": "duet.rewards.preference.PickScore",
-    "pyiqa": "duet.rewards.metric.PyIqa",
-    "remote": "duet.rewards.remote.Remote",
-    "source_consistency": "duet.rewards.consistency.SourceConsistency",
+    "pickscore": "duet.rewards.pickscore.PickScore",
+    "pyiqa": "duet.rewards.pyiqa.PyIqa",
+    "remote": "duet.rewards.service.remote.Remote",
+    "source_consistency": "duet.rewards.source_consistency.SourceConsistency",
 }
 
 

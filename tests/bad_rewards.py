@@ -1,16 +1,41 @@
-"""Plug-ins that go wrong, for tests/test_commands.py."""
+"""Small rewards that go wrong; no torch."""
+
+import time
+
+from duet.configs.errors import UserError
 
 
-class raises:
+class Raises:
     def __call__(self, inputs):
-        return [1 / 0 for _ in inputs]
+        raise KeyError("no\nweights")
 
 
-class miscounts:
+class Miscounts:
     def __call__(self, inputs):
         return [0.5]
 
 
-class infinite:
+class Infinite:
     def __call__(self, inputs):
         return [float("inf") for _ in inputs]
+
+
+class Weightless:
+    """Its weights' reading raises what no user can read."""
+
+    def load(self):
+        raise KeyError("layers.0")
+
+    def __call__(self, inputs):
+        return [0.0 for _ in inputs]
+
+
+class NoWeights:
+    """Tells after a while that its weights are missing."""
+
+    def load(self):
+        time.sleep(0.5)
+        raise UserError("weights 'gone.pt' are missing")
+
+    def __call__(self, inputs):
+        return []

@@ -1,4 +1,4 @@
-"""A server that answers wrongly, in every way that tests/test_remote.py names."""
+"""Servers that answer wrongly, in every way that tests/test_remote.py names, or not at all."""
 
 import json
 import socket
@@ -19,6 +19,14 @@ def bad_server(answer: Answer) -> Iterator[tuple[str, list[bytes]]]:
         threading.Thread(target=_accept, args=(listener, answer, requests), daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def nobody() -> Iterator[str]:
+    """An address that is taken, and refuses every connection: nobody listens."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}"
 
 
 def _accept(listener: socket.socket, answer: Answer, requests: list[bytes]) -> None:

@@ -10,14 +10,14 @@ import pytest
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
-from duet.rewards.brisque import _GREY, Brisque, _contrasts, brisque
+from duet.rewards.brisque import GREY, Brisque, brisque, contrasts
 from duet.rewards.registry import load_reward, load_rewards
 from duet.train.tiny.specimens import CARD, write
 from PIL import Image
 
 from tests.brisque_reference import photograph, pictures
 from tests.conftest import ROOT
-from tests.test_reward_models import CLEAN, DAMAGE, PICTURES, damaged
+from tests.pictures import CLEAN, DAMAGE, PICTURES, damaged
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_brisque_agrees_with_an_independent_implementation():
 def test_brisque_takes_rounding_in_a_flat_area_for_no_contrast():
     picture = photograph(0)
     picture[:, 40:] = (217, 163, 130)  # one whose mean is off by rounding
-    contrasts = _contrasts(picture.astype(float) @ _GREY)
-    assert (contrasts[3:-3, 44:-3] == 0).all() and (contrasts[:, :40] != 0).all()
+    found = contrasts(picture.astype(float) @ GREY)
+    assert (found[3:-3, 44:-3] == 0).all() and (found[:, :40] != 0).all()
 
 
 @pytest.mark.parametrize("colour", ["black", "white", (200, 40, 40)])

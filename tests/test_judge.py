@@ -16,6 +16,8 @@ from duet.rewards.base import RewardInput
 from duet.rewards.registry import load_reward, load_rewards
 from PIL import Image
 
+from tests.bad_server import nobody
+
 PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
 QUESTION = "Does the picture show {prompt} with {row[text]}?"
 
@@ -68,7 +70,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    monkeypatch.setattr("duet.rewards.judge._PAUSE_SECONDS", 0)
+    monkeypatch.setattr("duet.rewards.judge.PAUSE_SECONDS", 0)
     served = Endpoint()
     yield served
     served.server.shutdown()
@@ -182,8 +184,8 @@ def test_one_unreadable_answer_costs_only_its_sample(endpoint, caplog):
 
 
 def test_an_endpoint_that_is_not_there_is_nan(endpoint, caplog):
-    gone = judge(endpoint, retries=1, url="http://127.0.0.1:9/v1")
-    with caplog.at_level(logging.WARNING):
+    with nobody() as url, caplog.at_level(logging.WARNING):
+        gone = judge(endpoint, retries=1, url=f"{url}/v1")
         assert math.isnan(gone([sample()])[0])
     assert "ConnectError" in caplog.text
 
@@ -215,7 +217,7 @@ def test_a_row_without_what_the_question_names_is_nan(endpoint, caplog):
         ({"question": "{prompt:{x}}"}, "names"),
         ({"question": "100 } of it"}, "Single '}'"),
         ({"reading": "stars"}, "judge reading 'stars': allowed are yes_no, scale"),
-        ({"url": "localhost:8000"}, "judge url 'localhost:8000'"),
+        ({"url": "judge.example:80"}, "judge url 'judge.example:80'"),
         ({"retries": -1}, "judge retries -1"),
         ({"concurrency": 0}, "judge concurrency 0"),
     ],

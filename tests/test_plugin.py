@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 import time
 import venv
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,15 +22,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = ROOT / "rewards" / "COOKBOOK.md"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def blocks():
-    """(language, text) of each; 8123 is a port that is free."""
-    return BLOCK.findall(PAGE.read_text().replace("8123", str(free_port())))
+    """(language, text) of each."""
+    return BLOCK.findall(PAGE.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +78,12 @@ def test_the_cookbook_does_what_it_says(kitchen, blocks):
             if language != "sh":
                 continue
             assert after == "text", "each command is followed by what it prints"
-            process = start(kitchen, command)
-            if "rewards serve" in command:
-                servers.append(process)
-                printed = process.stdout.readline()
-                wait_until_ready(re.search(r"http://\S+", printed)[0])
+            port = re.search(r"rewards serve .* --port (\d+)", command)
+            if port:
+                servers.append(start(kitchen, command.replace(port[1], "0")))
+                printed = line_of_a_ready_server(servers[-1], kitchen / "client.yaml", port[1])
             else:
+                process = start(kitchen, command)
                 printed, errors = process.communicate(timeout=120)
                 assert process.returncode == 0, errors
             assert words(printed) == words(expected), command
@@ -98,6 +93,15 @@ def test_the_cookbook_does_what_it_says(kitchen, blocks):
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate(timeout=20)
     assert checked == 6 and len(servers) == 1
+
+
+def line_of_a_ready_server(process: subprocess.Popen, client: Path, page_port: str) -> str:
+    """What it prints, with the page's port for its own, which the client's config learns."""
+    printed = process.stdout.readline()
+    url, port = re.search(r"(http://\S+:(\d+))", printed).groups()
+    wait_until_ready(url)
+    client.write_text(client.read_text().replace(page_port, port))
+    return printed.replace(port, page_port)
 
 
 def words(text: str) -> list[list[str]]:

@@ -9,14 +9,12 @@ from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.registry import load_reward, load_rewards
-from duet.train.tiny.specimens import specimens
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from tests.conftest import CLIP
+from tests.pictures import CLEAN, PICTURES
 
 TINY = {"model": CLIP, "pretrained": None}
-PICTURES = dict(specimens())
-CLEAN = PICTURES["clean"]
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
-from duet.rewards.remote import Remote
+from duet.rewards.service.remote import Remote
 from PIL import Image
 
-from tests.bad_server import BAD, GOOD, bad_server, reply
+from tests.bad_server import BAD, GOOD, bad_server, nobody, reply
 
 QUICK = {"timeout_seconds": 0.5, "retries": 1, "backoff_seconds": 0.05}
 
@@ -19,7 +19,7 @@ QUICK = {"timeout_seconds": 0.5, "retries": 1, "backoff_seconds": 0.05}
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("url", []), ("url", "127.0.0.1:8000"), ("url", "ftp://a"), ("url", "http://"), ("url", [1]),
+        ("url", []), ("url", "reward.example:80"), ("url", "ftp://a"), ("url", "http://"), ("url", [1]),
         ("url", "http://a:b"), ("url", "http://a:70000"), ("url", "http://a?b=1"), ("url", ["http://a", "http://a/"]), ("reward", ""), ("batch_size", 0),
         ("batch_size", True), ("timeout_seconds", 0), ("timeout_seconds", math.inf),
         ("timeout_seconds", math.nan), ("retries", -1), ("retries", 1000), ("backoff_seconds", -1),
@@ -35,7 +35,7 @@ def test_arguments_out_of_range_are_refused(key, value):
 def test_a_row_that_json_cannot_carry_is_refused(value):
     item = RewardInput(Image.new("RGB", (8, 8)), "a", {"prompt": "a", "boxes": [value]})
     with pytest.raises(UserError, match="row key 'boxes' holds a list that JSON cannot carry"):
-        Remote("http://127.0.0.1:9", "x")([item])
+        Remote("http://a", "x")([item])
 
 
 def ask(url, count=2, **changes):
@@ -63,8 +63,9 @@ def test_a_bad_answer_is_survived(name, caplog):
 
 
 def test_a_refused_connection_is_survived(caplog):
-    scores, seconds = ask("http://127.0.0.1:9")
-    check_survived("http://127.0.0.1:9", scores, seconds, caplog, "ConnectError")
+    with nobody() as url:
+        scores, seconds = ask(url)
+    check_survived(url, scores, seconds, caplog, "ConnectError")
 
 
 def test_an_unknown_host_is_survived(caplog):

@@ -11,31 +11,15 @@ from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.clip import Clip, batches
-from duet.rewards.consistency import kept_share
 from duet.rewards.registry import load_reward, load_rewards
-from duet.train.tiny.specimens import (
-    CARD,
-    OFFLINE,
-    blurred,
-    compressed,
-    noisy,
-    specimens,
-    table,
-    write,
-)
+from duet.rewards.source_consistency import kept_share
+from duet.train.tiny.specimens import CARD, OFFLINE, specimens, table, write
 
 from tests.conftest import CLIP, ROOT
+from tests.pictures import CLEAN, DAMAGE, PICTURES, damaged
 
 TINY = {"model": CLIP, "pretrained": None}
-DAMAGE = {"blur": (blurred, (1, 2, 3)), "noise": (noisy, (25, 50, 80)), "jpeg": (compressed, (60, 30, 5))}  # fmt: skip
 REWARDS = {c.metric_name: c for c in OFFLINE}
-PICTURES = dict(specimens())
-CLEAN = PICTURES["clean"]
-
-
-def damaged(picture, kind):
-    damage, strengths = DAMAGE[kind]
-    return [picture, *(damage(picture, s) for s in strengths)]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +79,7 @@ def test_the_table_has_a_line_for_each_of_the_twelve_pictures(row):
     ("modules", "heavy"),
     [
         ("duet.rewards.registry", {"torch", "open_clip", "transformers", "rapidocr", "httpx"}),
-        ("duet.rewards.alignment, duet.rewards.preference", {"open_clip", "transformers"}),
+        ("duet.rewards.pickscore, duet.rewards.hpsv2", {"open_clip", "transformers"}),
         ("duet.rewards.ocr", {"torch", "rapidocr", "onnxruntime"}),
     ],
 )

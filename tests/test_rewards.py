@@ -8,26 +8,14 @@ from duet.rewards.base import RewardInput, score
 from duet.rewards.fidelity import Fidelity, quality
 from duet.rewards.ocr import Ocr, text_score, wanted_texts
 from duet.rewards.registry import load_reward, load_rewards
+from duet.train.tiny.specimens import CARD, blurred, noisy
 from duet.train.tiny.world import Card, Shape, draw
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from tests.conftest import CLIP, ROOT
+from tests.pictures import CLEAN, DAMAGE, damaged
 
-CARD = Card("red", (Shape("circle", "blue", "on the left"),), "white", "CHAP")
 OCR = {"limit_side_len": 192, "enlarge_to": 192}
-
-
-def spoiled(image: Image.Image, kind: str, strength: float) -> Image.Image:
-    if kind == "blur":
-        return image.filter(ImageFilter.GaussianBlur(strength))
-    if kind == "noise":
-        noise = np.random.default_rng(0).normal(0, 20 * strength, (*image.size[::-1], 3))
-        return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-    import io
-
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(60 / strength**1.5))
-    return Image.open(buffer)
 
 
 def given(picture, prompt=CARD.prompt, **row):
@@ -43,7 +31,7 @@ def test_ocr_reads_the_drawn_word(ocr):
     wrong = draw(Card("red", (), "white", "CHAT"))
     flat = Image.new("RGB", (96, 64), "red")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8))
-    scores = ocr([given(i) for i in (draw(CARD), wrong, flat, noise)])
+    scores = ocr([given(i) for i in (CLEAN, wrong, flat, noise)])
     assert scores[:3] == [1.0, 0.75, 0.0]
     assert scores[3] < 0.5
 
@@ -78,36 +66,34 @@ def test_wanted_text_is_the_rows_or_the_quoted_spans():
 
 
 def test_a_prompt_without_text_is_not_scored(ocr):
-    assert np.isnan(ocr([given(draw(CARD), "a plain card")])[0])
+    assert np.isnan(ocr([given(CLEAN, "a plain card")])[0])
 
 
-@pytest.mark.parametrize("kind", ["blur", "noise", "jpeg"])
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_fidelity_orders_damage_with_a_reference(tmp_path, kind):
     path = tmp_path / "reference.png"
-    draw(CARD).save(path)
+    CLEAN.save(path)
     fidelity = Fidelity(model=CLIP, pretrained=None)
-    pictures = [draw(CARD), *(spoiled(draw(CARD), kind, s) for s in (0.7, 1.5, 3.0))]
-    scores = fidelity([given(p, image=str(path)) for p in pictures])
+    scores = fidelity([given(p, image=str(path)) for p in damaged(CLEAN, kind)])
     assert scores[0] == pytest.approx(1.0, abs=1e-5)
     assert scores == sorted(scores, reverse=True) and scores[0] - scores[-1] > 0.01
 
 
 def test_quality_without_a_reference_cannot_be_raised_by_noise_or_flatness():
-    clean = draw(CARD)
-    assert quality(clean) > 0.2
+    assert quality(CLEAN) > 0.2
     assert quality(Image.new("RGB", (96, 64), "teal")) == 0
     noise = np.random.default_rng(1)
     for scale in (1, 8, 40, 120):
         pixels = 128 + noise.normal(0, scale, (64, 96, 3))
         assert quality(Image.fromarray(pixels.clip(0, 255).astype(np.uint8))) < 0.05
     for kind in ("blur", "noise"):
-        steps = [quality(clean), *(quality(spoiled(clean, kind, s)) for s in (0.7, 1.5, 3.0))]
+        steps = [quality(picture) for picture in damaged(CLEAN, kind)]
         assert steps == sorted(steps, reverse=True), kind
-    assert quality(Image.blend(clean, Image.new("RGB", clean.size, "red"), 0.98)) < quality(clean)
+    assert quality(Image.blend(CLEAN, Image.new("RGB", CLEAN.size, "red"), 0.98)) < quality(CLEAN)
 
 
 def test_fidelity_falls_to_quality_without_a_reference():
-    assert Fidelity(model=CLIP, pretrained=None)([given(draw(CARD))])[0] == quality(draw(CARD))
+    assert Fidelity(model=CLIP, pretrained=None)([given(CLEAN)])[0] == quality(CLEAN)
 
 
 def test_alignment_prefers_the_prompt_that_tells_the_colours():
@@ -117,7 +103,7 @@ def test_alignment_prefers_the_prompt_that_tells_the_colours():
         Card("red", (Shape("circle", "purple", "on the left"),), "white", "CHAP"),
         Card("red", (Shape("circle", "blue", "on the right"),), "white", "CHAP"),
     ]
-    right, *wrong = alignment([given(draw(CARD), c.prompt) for c in (CARD, *others)])
+    right, *wrong = alignment([given(CLEAN, c.prompt) for c in (CARD, *others)])
     assert right > max(wrong)
 
 
@@ -126,26 +112,16 @@ def test_aesthetic_orders_damage():
     aesthetic = load_reward(
         RewardConfig("aesthetic", args={"model": CLIP, "pretrained": None, "head": head})
     )
-    pictures = [draw(CARD), spoiled(draw(CARD), "blur", 2), spoiled(draw(CARD), "noise", 3)]
-    clean, *damaged = aesthetic([given(p) for p in pictures])
-    assert clean > max(damaged) + 0.1
+    pictures = [CLEAN, blurred(CLEAN, 2), noisy(CLEAN, 60)]
+    clean, *worse = aesthetic([given(p) for p in pictures])
+    assert clean > max(worse) + 0.1
     assert 0.5 < clean < 1.2
 
 
-class Constant:
-    """A plug-in, found by its dotted path."""
-
-    def __init__(self, value=1.0):
-        self.value = value
-
-    def __call__(self, inputs):
-        return [self.value for _ in inputs]
-
-
 def test_a_reward_is_found_by_its_dotted_path():
-    rewards = load_rewards([RewardConfig("tests.test_rewards.Constant", args={"value": 0.5})])
+    rewards = load_rewards([RewardConfig("tests.sample_rewards.Constant", args={"value": 0.5})])
     assert list(rewards) == ["Constant"]
-    assert score(rewards["Constant"], "Constant", [given(draw(CARD))] * 2, [2]) == [0.5, 0.5]
+    assert score(rewards["Constant"], "Constant", [given(CLEAN)] * 2, [2]) == [0.5, 0.5]
 
 
 def test_a_reward_is_found_by_an_installed_entry_point(tmp_path, monkeypatch):
@@ -171,17 +147,9 @@ def test_an_entry_point_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
         load_reward(RewardConfig("gloom"))
 
 
-class Weightless:
-    def load(self):
-        raise KeyError("layers.0")
-
-    def __call__(self, inputs):
-        return [0.0] * len(inputs)
-
-
 def test_weights_that_cannot_be_read_are_told():
     with pytest.raises(UserError, match="cannot load its weights: KeyError"):
-        load_rewards([RewardConfig("tests.test_rewards.Weightless")])
+        load_rewards([RewardConfig("tests.bad_rewards.Weightless")])
 
 
 def raising(inputs):
@@ -199,7 +167,7 @@ def raising(inputs):
 )
 def test_a_bad_answer_is_refused_by_name(reward, message):
     with pytest.raises(UserError, match=message):
-        score(reward, "bad", [given(draw(CARD))] * 2, [2])
+        score(reward, "bad", [given(CLEAN)] * 2, [2])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 PICTURE = "configs/tiny/prompts/eval/000.png"
 ASKED = [PICTURE, "--prompt", "a card"]
-SEES = "tests.served_rewards.Sees"
+SEES = "tests.sample_rewards.Sees"
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_score_prints_a_row_for_each_picture_and_a_column_for_each_reward(tmp_pa
     Image.new("RGB", (96, 64), (14, 14, 14)).save(tmp_path / "dark.png")
     Image.new("RGB", (96, 64), (21, 21, 21)).save(tmp_path / "light.png")
     row = f'{{"image": "{tmp_path}/dark.png", "text": "CAT"}}'
-    rewards = ["--reward", SEES, "--reward", "{name: tests.served_rewards.Rank, view: low}"]
+    rewards = ["--reward", SEES, "--reward", "{name: tests.sample_rewards.Rank, view: low}"]
     pictures = [tmp_path / "dark.png", tmp_path / "light.png"]
     status, out, _ = duet("score", *pictures, "--prompt", "a card", "--row", row, *rewards)
     assert status == 0
@@ -97,7 +97,7 @@ MISTAKES = {
     "row is no JSON": (["score", *ASKED, "--reward", SEES, "--row", "{"], "is not JSON"),
     "row is a list": (["score", *ASKED, "--reward", SEES, "--row", "[]"], "must be an object"),
     "row's picture": (["score", *ASKED, "--reward", SEES, "--row", '{"image": "gone.png"}'], "gone.png' cannot be read"),
-    "reward raises": (["score", *ASKED, "--reward", "tests.served_rewards.Raises"], "raised KeyError"),
+    "reward raises": (["score", *ASKED, "--reward", "tests.bad_rewards.Raises"], "raised KeyError"),
     "missing config": (["serve", "gone.yaml", "--port", "0"], "'gone.yaml' cannot be read"),
     "empty config": (["serve", "{tmp}/empty.yaml", "--port", "0"], "has no rewards"),
     "neither a run nor rewards": (["serve", "{tmp}/half.yaml", "--port", "0"], "missing key 'stage'"),
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_clear_line_and_status_2(tmp_path, duet, name):
     (tmp_path / "empty.yaml").write_text("rewards: []\n")
     (tmp_path / "half.yaml").write_text(f"rewards: [{{name: {SEES}}}]\nseed: 1\n")
     (tmp_path / "good.yaml").write_text(f"rewards: [{{name: {SEES}}}]\n")
-    (tmp_path / "weights.yaml").write_text("rewards: [{name: tests.served_rewards.NoWeights}]\n")
+    (tmp_path / "weights.yaml").write_text("rewards: [{name: tests.bad_rewards.NoWeights}]\n")
     arguments, message = MISTAKES[name]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         filled = {"{tmp}": str(tmp_path), "{port}": str(taken.getsockname()[1])}

@@ -13,19 +13,21 @@ from duet.configs.schema import RewardConfig, WatchConfig
 from duet.inference.engine import Engine
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward
-from duet.rewards.view import LOW_FACTOR
+from duet.rewards.view import LOW_FACTOR, Viewed
 from duet.train.checkpoint import complete_checkpoints
 from duet.train.loop import train
 from duet.train.metrics import reward_metrics
 from duet.train.prompts import draw_groups
 from duet.train.scoring import group_batches, sample_and_score
 from duet.train.stages import STAGES
+from duet.train.tiny.specimens import CARD, noisy
 from duet.train.tiny.world import draw
 from duet.train.watch import Watch, image_metrics
 from PIL import Image
 
 from tests.conftest import CLIP
-from tests.test_rewards import CARD, spoiled
+from tests.pictures import CLEAN
+from tests.sample_rewards import Rank, Slow
 
 NAN = math.nan
 
@@ -35,37 +37,6 @@ def fresh_accelerate():
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
-
-
-class Slow:
-    """Sleeps 200 ms a batch, then scores the mean brightness."""
-
-    def __init__(self):
-        self.spans = []
-
-    def __call__(self, inputs):
-        start = time.perf_counter()
-        time.sleep(0.2)
-        self.spans.append((start, time.perf_counter()))
-        return [float(np.asarray(i.image).mean()) for i in inputs]
-
-
-class Unsure:
-    """Leaves out a share of every batch."""
-
-    def __init__(self, share):
-        self.share = share
-
-    def __call__(self, inputs):
-        left_out = round(self.share * len(inputs))
-        return [NAN] * left_out + [0.1 * i for i in range(len(inputs) - left_out)]
-
-
-class Rank:
-    whole_groups = True
-
-    def __call__(self, inputs):
-        return [i / len(inputs) for i in range(len(inputs))]
 
 
 def test_overlapped_scores_are_those_of_the_sequential_order(pipeline, rows, small_run):
@@ -94,7 +65,7 @@ def test_a_reward_that_fails_beside_sampling_ends_the_step(rows):
         raise KeyError("weights")
 
     class Made:
-        images = (draw(CARD),)
+        images = (CLEAN,)
 
     with pytest.raises(UserError, match="reward 'bad' raised KeyError"):
         sample_and_score(
@@ -110,8 +81,9 @@ def test_batches_hold_whole_groups(rows):
 
 
 def test_a_group_reward_sees_one_prompts_samples_at_a_time():
-    inputs = [RewardInput(draw(CARD), CARD.prompt, {})] * 5
-    assert score(Rank(), "rank", inputs, [2, 3]) == [0, 1 / 2, 0, 1 / 3, 2 / 3]
+    pictures = [Image.new("L", (8, 8), brightness) for brightness in (50, 40, 10, 30, 20)]
+    inputs = [RewardInput(picture, "", {}) for picture in pictures]
+    assert score(Rank(), "rank", inputs, [2, 3]) == [1, 0, 0, 2, 1]
 
 
 @pytest.mark.parametrize("name", ["fidelity", "duet.train.tiny.hackable.Sharpness"])
@@ -121,7 +93,7 @@ def test_a_low_reward_hardly_sees_high_frequency_noise(name):
     moved = {}
     for view in ("full", "low"):
         reward = load_reward(RewardConfig(name, args=args, view=view))
-        pictures = (clean, spoiled(clean, "noise", 1.5))
+        pictures = (clean, noisy(clean, 30))
         before, after = reward([RewardInput(i, CARD.prompt, {}) for i in pictures])
         moved[view] = abs(after - before)
     assert moved["low"] < 0.1 * moved["full"]
@@ -129,7 +101,7 @@ def test_a_low_reward_hardly_sees_high_frequency_noise(name):
 
 def test_the_high_view_shows_every_pixel_and_the_reference_follows(tmp_path):
     path = tmp_path / "reference.png"
-    draw(CARD).save(path)
+    CLEAN.save(path)
     seen = []
 
     def look(inputs):
@@ -137,9 +109,7 @@ def test_the_high_view_shows_every_pixel_and_the_reference_follows(tmp_path):
             seen.append((i.image, i.picture("image")))
         return [1.0] * len(inputs)
 
-    from duet.rewards.view import Viewed
-
-    item = RewardInput(draw(CARD), CARD.prompt, {"image": str(path)})
+    item = RewardInput(CLEAN, CARD.prompt, {"image": str(path)})
     assert Viewed(look, "high")([item]) == [1.0]
     assert [i.size for i, _ in seen] == [(48, 32)] * 4
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in seen)
@@ -147,7 +117,7 @@ def test_the_high_view_shows_every_pixel_and_the_reference_follows(tmp_path):
     for n, (part, _) in enumerate(seen):
         y, x = n // 2 * 32, n % 2 * 48
         whole[y : y + 32, x : x + 48] = np.asarray(part)
-    assert np.array_equal(whole, np.asarray(draw(CARD))), "the crops make up the picture"
+    assert np.array_equal(whole, np.asarray(CLEAN)), "the crops make up the picture"
     seen.clear()
     Viewed(look, "low")([item])
     assert [i.size for i, _ in seen] == [(96 // LOW_FACTOR, 64 // LOW_FACTOR)]
@@ -162,7 +132,7 @@ def test_a_sample_without_a_score_is_no_zero_in_the_metrics():
 
 
 def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_run, tmp_path):
-    reward = "rewards=[{name: tests.test_scoring.Unsure, args: {share: 0.6}}]"
+    reward = "rewards=[{name: tests.sample_rewards.Unsure, args: {share: 0.6}}]"
     with pytest.raises(UserError, match="reward 'Unsure' left 62% .* train.resume=latest"):
         train(small_run("decoder", reward))
     assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-0"]
@@ -179,14 +149,9 @@ def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_ru
     assert complete_checkpoints(tmp_path / "run")[-1].name == "checkpoint-1"
 
 
-class Constant:
-    def __call__(self, inputs):
-        return [5.0] * len(inputs)
-
-
 def test_a_watched_reward_is_measured_and_not_trained_on(small_run, tmp_path):
     rewards = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
-    watched = "watch.rewards=[{name: tests.test_scoring.Constant}]"
+    watched = "watch.rewards=[{name: tests.sample_rewards.Constant, args: {value: 5.0}}]"
     folders = [tmp_path / "alone", tmp_path / "watched"]
     for folder, overrides in zip(folders, ([], [watched]), strict=True):
         AcceleratorState._reset_state(True)
@@ -204,7 +169,7 @@ def test_the_alarm_can_end_a_run_with_a_checkpoint(small_run, tmp_path, monkeypa
         "duet.train.loop.Watch.__call__", lambda self, metrics: {"watch/alarm": 1.0}
     )
     monkeypatch.setattr("duet.train.loop.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
-    watched = "watch.rewards=[{name: tests.test_scoring.Constant}]"
+    watched = "watch.rewards=[{name: tests.sample_rewards.Constant, args: {value: 5.0}}]"
     with pytest.raises(UserError, match="watch.stop ended the run at .*checkpoint-1: .* ocr lost"):
         train(small_run("decoder", watched, "watch.stop=true", "train.save_steps=9"))
     assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
@@ -234,10 +199,10 @@ def test_the_alarm_rings_when_the_trained_reward_rises_and_a_watched_one_falls()
 
 
 def test_what_pictures_look_like_is_measured():
-    flat, card = Image.new("RGB", (96, 64), "grey"), draw(CARD)
+    flat = Image.new("RGB", (96, 64), "grey")
     still = image_metrics([[flat, flat]])
     assert still == {"images/sharpness": 0, "images/saturation": 0, "images/diversity": 0}
-    varied = image_metrics([[card, flat]])
+    varied = image_metrics([[CLEAN, flat]])
     assert min(varied.values()) > 0
-    noisy = image_metrics([[spoiled(card, "noise", 3.0), flat]])
-    assert noisy["images/sharpness"] > 3 * varied["images/sharpness"]
+    spoiled = image_metrics([[noisy(CLEAN, 60), flat]])
+    assert spoiled["images/sharpness"] > 3 * varied["images/sharpness"]

@@ -22,14 +22,15 @@ from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward, load_rewards
-from duet.rewards.remote import Remote
+from duet.rewards.service.remote import Remote
 from PIL import Image
 
+from tests.bad_server import nobody
 from tests.conftest import CLIP, ROOT
 
 TOKEN = "correct horse"
 TOWER = {"args": {"model": CLIP, "pretrained": None}}
-SERVED = "tests.served_rewards."
+SAMPLES = "tests.sample_rewards."
 QUICK = {"timeout_seconds": 0.5, "retries": 1, "backoff_seconds": 0.05}
 
 
@@ -66,9 +67,10 @@ def serving(folder, *rewards, token=None, options=()):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A server of everything, with a token and a bound of 1 MiB."""
-    light = ("Sees", "HasSource", "Rank", "Alone", "Waits", "Raises")
+    light = ("Sees", "HasSource", "Rank", "Alone", "Waits")
     rewards = [{"name": "alignment", **TOWER}, {"name": "fidelity", **TOWER}]
-    rewards += [{"name": SERVED + name} for name in light]
+    rewards += [{"name": SAMPLES + name} for name in light]
+    rewards += [{"name": "tests.bad_rewards.Raises"}]
     folder = tmp_path_factory.mktemp("server")
     options = ("--max-body-mib", "1")
     with serving(folder, *rewards, token=TOKEN, options=options) as (address, _):
@@ -118,7 +120,7 @@ def test_scores_are_the_local_ones_bit_for_bit(url, inputs, name, image_format):
 
 @pytest.mark.parametrize("view", ["full", "low", "high"])
 def test_prompt_row_and_its_pictures_travel_as_the_view_shows_them(url, inputs, view):
-    local = load_reward(RewardConfig(SERVED + "Sees", view=view))(inputs)
+    local = load_reward(RewardConfig(SAMPLES + "Sees", view=view))(inputs)
     args = {"url": url, "reward": "Sees", "batch_size": 4}
     assert load_reward(RewardConfig("remote", args=args, view=view))(inputs) == local
     assert len(set(local)) == len(inputs)
@@ -255,14 +257,14 @@ def test_another_reward_need_not_wait_and_who_hung_up_is_not_scored(url):
 def test_the_next_endpoint_takes_over_when_the_first_is_killed(tmp_path, inputs, caplog):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    reward = {"name": SERVED + "Sees"}
+    reward = {"name": SAMPLES + "Sees"}
     with (
         serving(tmp_path / "a", reward) as (first, process),
         serving(tmp_path / "b", reward) as (second, _),
     ):
         args = {"url": [first, second], "reward": "Sees", "batch_size": 2, **QUICK}
         client = load_rewards([RewardConfig("remote", args=args)])["remote"]
-        local = load_reward(RewardConfig(SERVED + "Sees"))(inputs)
+        local = load_reward(RewardConfig(SAMPLES + "Sees"))(inputs)
         assert client(inputs) == local and not caplog.records
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -279,7 +281,6 @@ def test_the_next_endpoint_takes_over_when_the_first_is_killed(tmp_path, inputs,
     [
         ({"reward": "nonsense"}, "does not serve 'nonsense': served are alignment, fidelity"),
         ({"reward": "Rank"}, "whole_groups = False is not what the server says: set it to True"),
-        ({"url": "http://127.0.0.1:9"}, "has no server: http://127.0.0.1:9: ConnectError"),
     ],
 )
 def test_load_refuses_what_no_endpoint_serves(url, args, message):
@@ -287,8 +288,14 @@ def test_load_refuses_what_no_endpoint_serves(url, args, message):
         load_rewards([RewardConfig("remote", args={"url": url, "reward": "Sees", **QUICK, **args})])
 
 
+def test_load_refuses_when_nobody_answers():
+    with nobody() as silent, pytest.raises(UserError, match=f"no server: {silent}: ConnectError"):
+        remote(silent, "Sees", **QUICK)
+
+
 def test_load_is_content_with_one_endpoint(url, inputs, caplog):
-    reward = remote(["http://127.0.0.1:9", url], "Alone", **QUICK)
-    assert "http://127.0.0.1:9: ConnectError" in caplog.text
+    with nobody() as silent:
+        reward = remote([silent, url], "Alone", **QUICK)
+    assert f"{silent}: ConnectError" in caplog.text
     caplog.clear()
     assert reward(inputs) == [1] * 6 and not caplog.records

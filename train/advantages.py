@@ -7,6 +7,7 @@ A_i = (r_i - mean r) / std r over the samples of one prompt (GRPO, arXiv
 from dataclasses import dataclass
 
 import torch
+from duet.configs.schema import GrpoConfig
 from torch import Tensor
 
 _EPSILON = 1e-4  # TRL's guard in the denominator
@@ -20,18 +21,18 @@ class Advantages:
 
 
 def group_advantages(
-    scores: Tensor, weights: Tensor, group_ids: Tensor, scale: bool = True, sum_first: bool = False
+    scores: Tensor, weights: Tensor, group_ids: Tensor, config: GrpoConfig = GrpoConfig()
 ) -> Advantages:
     """Scores [B, R] (NaN: not scored), weights [R], integer group ids [B] -> advantages [B].
 
-    By default each reward is normalised within its group, then weighted and
-    summed; `sum_first` sums the weighted rewards before. A NaN leaves the sample
+    `normalize_then_sum`: each reward is normalised within its group, then weighted and
+    summed; `sum_then_normalize` sums the weighted rewards before. A NaN leaves the sample
     out of that reward's statistics and adds nothing to its advantage; with
-    `sum_first` the sample is left out as a whole, its sum being unknown. A group
+    the latter the sample is left out as a whole, its sum being unknown. A group
     without spread gets 0.
     """
     scores = scores.float()
-    if sum_first:
+    if config.multi_objective_aggregation == "sum_then_normalize":
         scores = weighted(scores, weights).sum(-1, keepdim=True)  # NaN stays NaN
         weights = torch.ones(1)
     values = torch.zeros(len(scores))
@@ -39,7 +40,7 @@ def group_advantages(
     flat_groups = 0
     for group in groups:
         members = group_ids == group
-        normalised, spread = _normalise(scores[members], scale)
+        normalised, spread = _normalise(scores[members], config.scale_rewards)
         values[members] = (normalised * weights).sum(-1)
         flat_groups += not bool((spread & (weights != 0)).any())
     return Advantages(values, flat_groups / len(groups))

@@ -7,15 +7,15 @@ always whole.
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from duet.configs.errors import UserError, require_folder
 from duet.configs.schema import RunConfig
-from duet.inference.model import save_adapter
+from duet.inference.adapters import AdapterInfo
 from duet.train.metrics import read_metrics
+from duet.train.policy import Policy
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _POSITION = "trainer_state.json"
@@ -31,8 +31,16 @@ def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def find_resume(config: RunConfig, processes: int) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and the rollouts it has done; (None, 0) for a fresh run.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    checkpoint: Path | None = None  # None: with fresh weights
+    step: int = 0  # rollouts that are done
+
+
+def find_start(config: RunConfig, processes: int) -> Start:
+    """The checkpoint to go on from, or a fresh start.
 
     Raises UserError when the run would mix with an older one's checkpoints, and when
     the named checkpoint is none.
@@ -51,9 +59,9 @@ def find_resume(config: RunConfig, processes: int) -> tuple[Path | None, int]:
                 f"output_dir = {config.output_dir!r} holds the metrics of a run without a "
                 "checkpoint: set train.resume=latest to begin it again, or another output_dir"
             )
-        return None, 0
+        return Start()
     if config.train.resume == "latest":
-        return (done[-1], _position(done[-1], config, processes)) if done else (None, 0)
+        return Start(done[-1], _position(done[-1], config, processes)) if done else Start()
     path = Path(config.train.resume)
     if not (path / _POSITION).is_file():
         raise UserError(
@@ -66,10 +74,10 @@ def find_resume(config: RunConfig, processes: int) -> tuple[Path | None, int]:
             f"train.resume = {config.train.resume!r} is at step {step}, but output_dir = "
             f"{config.output_dir!r} holds {done[-1].name} besides: give another output_dir"
         )
-    return path, step
+    return Start(path, step)
 
 
-def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, policy) -> Path:
+def save_checkpoint(policy: Policy, config: RunConfig, step: int) -> Path:
     """Write `checkpoint-{step}` after `step` rollouts, unless it is there whole already.
 
     Every process must call it.
@@ -77,14 +85,14 @@ def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, poli
     final = Path(config.output_dir) / f"checkpoint-{step}"
     if (final / _POSITION).is_file():
         return final
+    accelerator = policy.accelerator
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial / "state"))
+    policy.save(partial, AdapterInfo(config.stage, config.model.path, config.arithmetic))
     if accelerator.is_main_process:
-        save_adapter(policy, config.stage, partial / "adapter", config.model.path)
         position = {
             "step": step,
             "stage": config.stage,
@@ -97,12 +105,6 @@ def save_checkpoint(accelerator: Accelerator, config: RunConfig, step: int, poli
     return final
 
 
-def leave_weights_to_the_adapter(accelerator: Accelerator) -> None:
-    """Keep `save_state` from writing, and `load_state` from reading, the frozen base."""
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-
-
 # what the optimizer, the schedule and the order of the prompts were made for
 _KEPT = (
     "seed",
@@ -111,6 +113,8 @@ _KEPT = (
     "rollout.prompts_per_step",
     "rollout.num_generations",
     "grpo.num_iterations",
+    "model.dtype",
+    "train.mixed_precision",
 )
 
 
@@ -145,14 +149,3 @@ def _flat(tree: dict) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
     sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
     return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
-
-
-def load_state(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Optimizer, scheduler and RNG. Raises UserError for a damaged checkpoint."""
-    try:
-        accelerator.load_state(str(checkpoint / "state"))
-    except Exception as error:  # torch, pickle and zip readers each raise their own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} is damaged ({reason}): resume from another"
-        ) from error

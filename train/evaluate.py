@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from duet.configs.errors import UserError, exit_on_user_error, require_folder
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = evaluate(config, models, output)
     page = write_report(results, output)
     write_strip(results, output)
-    (output / "results.json").write_text(json.dumps(results, indent=1))
+    (output / "results.json").write_text(json.dumps(asdict(results), indent=1))
     print(text_table(results))
     print(f"report: {page}")
 

@@ -1,31 +1,40 @@
 """What must hold before the first update; otherwise training refuses to start."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from duet.configs.errors import UserError
 from duet.inference.engine import Engine
 from duet.inference.flow import shift_mu
-from duet.inference.rollout import Request, Rollout
+from duet.inference.layout import Size, upsample_prior
+from duet.inference.request import Request
+from duet.inference.rollout import Rollout
+from duet.train.gap import Gap
+from duet.train.stages import Stage
+from torch import Tensor
+from torch.nn import Module
 
-# largest difference of a pixel in [0, 1] and of a log-prob in nats, by precision
-_PIXEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
-_LOGPROB_FACTOR = {"float32": 1.0, "bfloat16": 2000.0, "float16": 300.0}
 _SEED = 12345
+# largest difference of a pixel in [0, 1], by the precision of the forward
+_PIXEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
+# arguments of the DiT that must be the stock pipeline's to the bit
+_TOLD = ("timestep", "target_size", "crop_coords", "prior_token_id", "prior_token_drop")
 
 
-def check_schedule(engine: Engine, height: int, width: int) -> None:
+def check_schedule(engine: Engine, size: Size) -> None:
     """Our timesteps and sigmas are those that the checkpoint's scheduler sets."""
-    ours = engine.schedule(height, width)
+    ours = engine.denoising(size).schedule
     scheduler = engine.pipeline.scheduler
     config = scheduler.config
     timesteps = ours.timesteps.cpu().numpy()
     scheduler.set_timesteps(
         timesteps=timesteps,
         sigmas=timesteps / config.num_train_timesteps,
-        mu=shift_mu((height // 16) * (width // 16), config),
+        mu=shift_mu(size.dit_tokens, config),
     )
     for name, mine, theirs in (
         ("timesteps", ours.timesteps, scheduler.timesteps),
@@ -37,10 +46,29 @@ def check_schedule(engine: Engine, height: int, width: int) -> None:
 
 
 @torch.no_grad()
-def check_reference(engine: Engine, prompt: str, height: int, width: int, dtype: str) -> None:
-    """Our ODE picture equals the stock pipeline's for the same prior tokens and noise."""
-    difference = reference_difference(engine, prompt, height, width)
-    allowed = _PIXEL_TOLERANCE[dtype]
+def check_reference(engine: Engine, prompt: str, size: Size, precision: str) -> None:
+    """The DiT is told what stock `GlmImagePipeline` tells it, and the pictures are equal.
+
+    Both draw one picture from the same prior tokens and noise. What is told is compared call
+    by call, so that in low precision too one timestep's difference cannot hide in rounding.
+    """
+    made = compare_with_stock(engine, prompt, size)
+    ours, theirs = made.ours.calls, made.stock.calls
+    if len(ours) != len(theirs):
+        _refuse(
+            f"the engine runs the DiT {len(ours)} times for a picture, "
+            f"GlmImagePipeline {len(theirs)} times"
+        )
+    for number, (told, reference) in enumerate(zip(ours, theirs, strict=True)):
+        for name in _TOLD:
+            difference = float((told[name].double() - reference[name].double()).abs().max())
+            if difference != 0:
+                _refuse(
+                    f"the DiT's {name} differs from GlmImagePipeline's by {difference:.3g} "
+                    f"in forward {number}"
+                )
+    difference = float(np.abs(made.ours.pixels - made.stock.pixels).max())
+    allowed = _PIXEL_TOLERANCE[precision]
     if not difference <= allowed:
         _refuse(
             f"the engine's picture differs from GlmImagePipeline's by {difference:.3g} "
@@ -48,37 +76,76 @@ def check_reference(engine: Engine, prompt: str, height: int, width: int, dtype:
         )
 
 
-@torch.no_grad()
-def reference_difference(engine: Engine, prompt: str, height: int, width: int) -> float:
-    """Largest pixel difference to the stock pipeline, pictures in [0, 1]."""
-    noise = engine.initial_noise(_SEED, height, width)
-    asked = Request(prompt, (_SEED,), height, width, noise=noise)
-    prior = engine.sample_priors([asked])[0]
-    asked = Request(prompt, (_SEED,), height, width, prior_tokens=prior, noise=noise)
-    ours = engine.final_pixels(asked)
-    theirs = engine.reference_pixels(asked)
-    return float(np.abs(ours - theirs).max())
+@dataclass(frozen=True)
+class Told:
+    """One picture, and what the DiT was told on the way: the arguments of every forward."""
+
+    calls: list[dict[str, Tensor]]
+    pixels: np.ndarray  # float32 [1, H, W, 3] in [0, 1]
 
 
-@torch.no_grad()
-def check_ratio(stage, rollouts: Sequence[Rollout], model, dtype: str) -> float:
-    """Recomputed log-probs equal the rollout's for every sample; returns the worst difference.
+@dataclass(frozen=True)
+class Comparison:
+    ours: Told
+    stock: Told
 
-    In low precision too, none may begin outside the range in which the ratio is not clipped.
+
+def compare_with_stock(engine: Engine, prompt: str, size: Size) -> Comparison:
+    """One picture by the engine and by the stock pipeline, from the same prior and noise."""
+    noise = engine.initial_noise(_SEED, size)
+    request = Request(prompt, (_SEED,), size, noise=noise)
+    prior = engine.priors([request])[0]
+    pipeline, sampling = engine.pipeline, engine.sampling
+    with _listening(pipeline.transformer) as ours:
+        pixels = engine.decode([request], [prior])[0].pixels
+    with _listening(pipeline.transformer) as theirs, engine.arithmetic():
+        reference = pipeline(
+            prompt=prompt,
+            height=size.height,
+            width=size.width,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            prior_token_ids=upsample_prior(prior, size.grid).to(engine.device),
+            latents=noise[None].to(engine.device),
+            output_type="np",
+        ).images
+    return Comparison(Told(ours, pixels), Told(theirs, reference))
+
+
+@contextmanager
+def _listening(dit: Module) -> Iterator[list[dict[str, Tensor]]]:
+    calls: list[dict[str, Tensor]] = []
+
+    def listen(module, args, kwargs):
+        calls.append({name: kwargs[name].detach().cpu().clone() for name in _TOLD})
+
+    handle = dit.register_forward_pre_hook(listen, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def check_gap(stage: Stage, rollouts: Sequence[Rollout], rescored: Tensor, precision: str) -> None:
+    """What trains is what sampled: `rescored`, [B, T] by the training forward at the update's
+    batch geometry, differs from the sampler's log-probs by no more than rounding, in any group.
     """
-    allowed = stage.tolerance_nats * _LOGPROB_FACTOR[dtype]
-    allowed = min(allowed, math.log1p(stage.config.grpo.epsilon))
-    worst = 0.0
+    bounds = stage.bounds(precision)
+    worst, text = None, ""
+    start = 0
     for rollout in rollouts:
-        scored = stage.score([rollout], model, with_kl=False)
-        difference = (scored.logprobs - scored.old).abs()
-        worst = max(worst, float(difference.max()))
-        if not bool((difference <= allowed).all()):
-            _refuse(
-                f"the ratio is not 1: recomputed log-probs differ from the rollout's by "
-                f"{worst:.3g} nats (allowed {allowed:g}) for prompt {rollout.request.prompt!r}"
-            )
-    return worst
+        own = rescored[start : start + len(rollout)]
+        start += len(rollout)
+        gap = Gap.of(own, stage.sampled(rollout))
+        broken = bounds.broken(gap)
+        if broken and (worst is None or not gap.mean <= worst.mean):
+            worst = gap
+            text = f"{'; '.join(broken)} for prompt {rollout.request.prompt!r} ({gap})"
+    if worst is None:
+        return
+    if math.isnan(worst.mean):
+        _refuse(f"log-probs are NaN or infinite for {text.partition(' for ')[2]}")
+    _refuse(f"the ratio is not 1: log-probs of the training forward are not the sampler's: {text}")
 
 
 def _refuse(reason: str) -> None:

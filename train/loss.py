@@ -3,6 +3,7 @@
 An action is a visual token (AR) or a denoising step (decoder): [B, T] log-probs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Actions:
+    """What a micro-batch of B samples did, and what came of it."""
+
+    logprobs: Tensor  # [B, T], nats, by the weights that are trained
+    old: Tensor  # [B, T], by those before the first update
+    advantages: Tensor  # [B]
+    kl: Tensor | None = None  # [B, T], to the reference
+    weight: Tensor | None = None  # [B, T], truncated importance weight of `old` over the sampler
+
+
+@dataclass(frozen=True)
 class PolicyLoss:
     loss: Tensor  # scalar
-    ratio: Tensor  # [B, T], detached
-    clipped_low: Tensor  # bool [B, T]: held at 1 - epsilon, where the advantage is negative
-    clipped_high: Tensor  # bool [B, T]: held at 1 + epsilon_high, where it is positive
+    metrics: dict[str, Tensor]  # scalars, detached; `/min` and `/max` name extremes
 
 
 def importance_ratio(logprobs: Tensor, old: Tensor, level: str) -> Tensor:
@@ -26,33 +36,67 @@ def importance_ratio(logprobs: Tensor, old: Tensor, level: str) -> Tensor:
     return log_ratio.exp()
 
 
-def policy_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, config: GrpoConfig, kl: Tensor | None = None
-) -> PolicyLoss:
-    """-min(r A, clip(r, 1 - eps, 1 + eps_high) A) + beta kl for log-probs [B, T], advantages [B].
+def truncated_weight(old: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap), [B, T]: TRL's and verl's rollout correction."""
+    return (old - sampled).exp().clamp(max=cap)
 
-    grpo: mean over a sample's actions, then over samples. dr_grpo: sum over
-    actions over a constant, then mean over samples, so that no action weighs less
-    for standing in a longer sequence.
+
+def policy_loss(actions: Actions, config: GrpoConfig, mean_actions: float) -> PolicyLoss:
+    """-w min(r A, clip(r, 1 - eps, 1 + eps_high) A) + beta kl, normalised as `loss_type` says.
+
+    `mean_actions`: how many actions a micro-batch of this step has in the mean over all
+    processes; what normalises over the whole step divides by it.
     """
-    ratio = importance_ratio(logprobs, old, config.importance_sampling_level)
+    ratio = importance_ratio(actions.logprobs, actions.old, config.importance_sampling_level)
     low = 1 - config.epsilon
     high = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
-    gain = advantages[:, None]
+    gain = actions.advantages[:, None]
     per_action = -torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
+    if actions.weight is not None:
+        per_action = per_action * actions.weight
     if config.beta > 0:
-        assert kl is not None
-        per_action = per_action + config.beta * kl
-    per_sample = per_action.mean(-1)
-    if config.loss_type == "dr_grpo":
-        per_sample = per_action.sum(-1) / DR_GRPO_LENGTH
+        per_action = per_action + config.beta * actions.kl
+    loss = NORMALISED[config.loss_type](per_action, mean_actions)
     detached = ratio.detach()
-    return PolicyLoss(
-        per_sample.mean(), detached, (detached < low) & (gain < 0), (detached > high) & (gain > 0)
-    )
+    clipped_low = (detached < low) & (gain < 0)
+    clipped_high = (detached > high) & (gain > 0)
+    metrics = {
+        "loss": loss.detach(),
+        "ratio/mean": detached.mean(),
+        "ratio/min": detached.min(),
+        "ratio/max": detached.max(),
+        "clip_ratio/low_mean": clipped_low.float().mean(),
+        "clip_ratio/high_mean": clipped_high.float().mean(),
+        "clip_ratio/region_mean": (clipped_low | clipped_high).float().mean(),
+    }
+    if actions.kl is not None:
+        metrics["kl"] = actions.kl.detach().mean()
+    return PolicyLoss(loss, metrics)
 
 
 DR_GRPO_LENGTH = 1000.0  # any constant: it only scales the learning rate
+
+
+def _grpo(per_action: Tensor, mean_actions: float) -> Tensor:
+    """Mean over a sample's actions, then over samples."""
+    return per_action.mean()
+
+
+def _dr_grpo(per_action: Tensor, mean_actions: float) -> Tensor:
+    """Sum over actions over a constant, so that none weighs less in a longer sequence."""
+    return per_action.sum(-1).mean() / DR_GRPO_LENGTH
+
+
+def _dapo(per_action: Tensor, mean_actions: float) -> Tensor:
+    """Mean over all actions of the step: every token weighs the same (arXiv 2503.14476)."""
+    return per_action.sum() / mean_actions
+
+
+NORMALISED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "dapo": _dapo,
+}
 
 
 def k3_kl(logprobs: Tensor, reference: Tensor) -> Tensor:

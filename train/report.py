@@ -3,10 +3,11 @@
 import base64
 import io
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-from duet.train.metrics import image_grid, read_metrics
+from duet.train.evaluation import ModelResult, Results
+from duet.train.log import image_grid
+from duet.train.metrics import read_metrics
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
@@ -19,24 +20,24 @@ _CURVES = ("reward", "watch/", "kl", "entropy", "ratio/", "frac_reward_zero_std"
 _NO_CURVES = ("not_scored", "/std", "seconds", "samples_per_second")
 
 
-def write_report(results: dict[str, Any], output: Path) -> Path:
+def write_report(results: Results, output: Path) -> Path:
     """Write `output/index.html`; opens without a network."""
     environment = Environment(loader=PackageLoader("duet.train"), autoescape=select_autoescape())
     template = environment.get_template("report.html")
-    rows = results["rows"]
+    rows = results.rows
     pictures = [
         {
             "prompt": prompt,
             "shown": [_picture(row, results, index, output) for row in rows],
         }
-        for index, prompt in enumerate(results["prompts"][:_PICTURES])
+        for index, prompt in enumerate(results.prompts[:_PICTURES])
     ]
     page = template.render(
-        stage=results["stage"],
-        confidence=results["confidence"],
+        stage=results.stage,
+        confidence=results.confidence,
         rows=rows,
-        rewards=list(rows[0]["metrics"]),
-        prompts=len(results["prompts"]),
+        rewards=list(rows[0].metrics),
+        prompts=len(results.prompts),
         curves=_curves(rows),
         pictures=pictures,
     )
@@ -45,11 +46,11 @@ def write_report(results: dict[str, Any], output: Path) -> Path:
     return path
 
 
-def write_strip(results: dict[str, Any], output: Path) -> Path:
+def write_strip(results: Results, output: Path) -> Path:
     """`output/before_after.png`: the first prompts, the base above, the last model below."""
     chosen = [
         Image.open(output / path)
-        for row in (results["rows"][0], results["rows"][-1])
+        for row in (results.rows[0], results.rows[-1])
         for path in _first_pictures(row, results)[:_STRIP]
     ]
     path = output / "before_after.png"
@@ -57,23 +58,23 @@ def write_strip(results: dict[str, Any], output: Path) -> Path:
     return path
 
 
-def _picture(row: dict, results: dict, index: int, output: Path) -> dict:
+def _picture(row: ModelResult, results: Results, index: int, output: Path) -> dict:
     data = (output / _first_pictures(row, results)[index]).read_bytes()
     return {
-        "model": row["model"],
+        "model": row.model,
         "source": "data:image/png;base64," + base64.b64encode(data).decode(),
-        "scores": {name: values[index][0] for name, values in row["scores"].items()},
+        "scores": {name: values[index][0] for name, values in row.scores.items()},
     }
 
 
-def _first_pictures(row: dict, results: dict) -> list[str]:
+def _first_pictures(row: ModelResult, results: Results) -> list[str]:
     """Each prompt's first picture, relative to the report's folder."""
-    return row["images"][:: len(row["images"]) // len(results["prompts"])]
+    return row.images[:: len(row.images) // len(results.prompts)]
 
 
-def _curves(rows: list[dict]) -> list[dict]:
+def _curves(rows: list[ModelResult]) -> list[dict]:
     """The training curves of every run that a checkpoint came from, as inline SVG."""
-    runs = {Path(c).resolve().parent for row in rows for c in row["checkpoints"]}
+    runs = {Path(c).resolve().parent for row in rows for c in row.checkpoints}
     curves = []
     for run in sorted(runs):
         steps = read_metrics(run)

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.rewards.base import Reward, RewardInput, score
 from duet.train.prompts import Group
@@ -14,35 +15,76 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Rewards of B samples by name, each float32 [B], NaN where not scored."""
+
+    trained: Mapping[str, Tensor]
+    watched: Mapping[str, Tensor]  # measured and never trained on
+
+    @property
+    def table(self) -> Tensor:
+        """The trained ones, [B, R]."""
+        return torch.stack(list(self.trained.values()), 1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Scores":
+        """The same change to every column."""
+        changed = ({n: change(v) for n, v in c.items()} for c in (self.trained, self.watched))
+        return Scores(*changed)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The rewards of a run."""
+
+    trained: Mapping[str, Reward]
+    watched: Mapping[str, Reward]
+
+    def __call__(self, groups: Sequence[Group], rollouts: Sequence[Rollout]) -> Scores:
+        """Every reward on every sample. Raises UserError when a reward's answer is none."""
+        inputs = [
+            RewardInput(image, group.row["prompt"], group.row)
+            for group, rollout in zip(groups, rollouts, strict=True)
+            for image in rollout.images
+        ]
+        sizes = [len(r.images) for r in rollouts]
+
+        def columns(rewards: Mapping[str, Reward]) -> dict[str, Tensor]:
+            return {n: torch.tensor(score(r, n, inputs, sizes)) for n, r in rewards.items()}
+
+        return Scores(columns(self.trained), columns(self.watched))
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A step's rollouts of this process with their scores."""
 
     rollouts: list[Rollout]
-    scores: Tensor  # float32 [B, R], NaN where not scored
+    scores: Scores
     rollout_seconds: float  # sampling
     reward_seconds: float  # scoring, beside sampling or after it
     wait_seconds: float  # scoring that sampling did not hide
 
 
 def sample_and_score(
-    sample: Callable[[Sequence[Group]], list[Rollout]],
+    sample: Callable[[Sequence[int]], list[Rollout]],
     groups: Sequence[Group],
-    rewards: Mapping[str, Reward],
+    scorer: Callable[[Sequence[Group], Sequence[Rollout]], Scores],
     batch_size: int,
     show: bool = False,
 ) -> Sampled:
     """Sample whole groups, about `batch_size` samples at once, and score on a second thread.
 
-    One thread scores in the order of sampling, so the scores are those of the
-    sequential order. Raises UserError when a reward's answer is none.
+    `sample` takes indices of groups. One thread scores in the order of sampling, so the
+    scores are those of the sequential order. Raises UserError when a reward's answer is none.
     """
+    batches = pack(groups, batch_size, weight=lambda group: len(group.seeds))
     rollouts, jobs, start = [], [], time.perf_counter()
     pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
     try:
-        for batch in group_batches(groups, batch_size):
+        for batch in batches:
             made = sample(batch)
             rollouts += made
-            jobs.append(pool.submit(_score, rewards, batch, made))
+            jobs.append(pool.submit(_timed, scorer, [groups[i] for i in batch], made))
         sampled = time.perf_counter()
         bar = tqdm(jobs, desc="scoring", leave=False, disable=not show)
         parts = [job.result() for job in bar]
@@ -50,34 +92,31 @@ def sample_and_score(
         pool.shutdown(cancel_futures=True)
     return Sampled(
         rollouts,
-        torch.cat([scores for scores, _ in parts]),
+        _joined([part.scores for part in parts]),
         sampled - start,
-        sum(seconds for _, seconds in parts),
+        sum(part.seconds for part in parts),
         time.perf_counter() - sampled,
     )
 
 
-def group_batches(groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
-    """Consecutive whole groups, at most `batch_size` samples unless one group has more."""
-    batches: list[list[Group]] = []
-    for group in groups:
-        held = sum(len(g.seeds) for g in batches[-1]) if batches else batch_size
-        if held + len(group.seeds) > batch_size:
-            batches.append([])
-        batches[-1].append(group)
-    return batches
+@dataclass(frozen=True)
+class _Part:
+    scores: Scores
+    seconds: float
 
 
-def _score(
-    rewards: Mapping[str, Reward], groups: Sequence[Group], rollouts: Sequence[Rollout]
-) -> tuple[Tensor, float]:
-    """Every reward on every sample, float32 [B, R], and the seconds it took."""
+def _timed(scorer, groups: Sequence[Group], rollouts: Sequence[Rollout]) -> _Part:
     start = time.perf_counter()
-    inputs = [
-        RewardInput(image, group.row["prompt"], group.row)
-        for group, rollout in zip(groups, rollouts, strict=True)
-        for image in rollout.images
-    ]
-    sizes = [len(r.images) for r in rollouts]
-    columns = [score(reward, name, inputs, sizes) for name, reward in rewards.items()]
-    return torch.tensor(columns).T, time.perf_counter() - start
+    scores = scorer(groups, rollouts)
+    return _Part(scores, time.perf_counter() - start)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    def column(kind: str, name: str) -> Tensor:
+        return torch.cat([getattr(part, kind)[name] for part in parts])
+
+    return replace(
+        parts[0],
+        trained={name: column("trained", name) for name in parts[0].trained},
+        watched={name: column("watched", name) for name in parts[0].watched},
+    )

@@ -1,68 +1,98 @@
 """One rollout's updates of the policy, in micro-batches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
-from duet.train.loss import policy_loss
-from duet.train.metrics import Means
+from duet.train.gap import Gap
+from duet.train.loss import Actions, policy_loss, truncated_weight
+from duet.train.metrics import Totals
 from duet.train.setup import Run
-from duet.train.stages import select_samples
+from duet.train.stages import Scored, Stage, sampled_logprobs
+from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 
-def update(run: Run, rollouts: Sequence[Rollout], advantages: torch.Tensor) -> dict:
-    """`num_iterations` passes over the rollout in micro-batches; metrics over all processes."""
-    config, accelerator = run.config, run.accelerator
-    means, ratios = Means(), []
-    batches = micro_batches(rollouts, config.optim.per_device_train_batch_size)
-    passes = config.grpo.num_iterations
-    bar = tqdm(total=passes * len(batches), desc="update", leave=False, disable=not run.shows)
-    for _ in range(passes):
-        for parts, sample_ids in batches:
-            with accelerator.accumulate(run.policy):
-                with accelerator.autocast():
-                    scored = run.stage.score(parts, run.policy, with_kl=config.grpo.beta > 0)
-                gain = advantages[sample_ids].to(scored.logprobs.device)
-                result = policy_loss(scored.logprobs, scored.old, gain, config.grpo, scored.kl)
-                accelerator.backward(result.loss)
-                if accelerator.sync_gradients:
-                    trained = [p for p in run.policy.parameters() if p.requires_grad]
-                    norm = accelerator.clip_grad_norm_(trained, config.optim.max_grad_norm)
-                    means.add("grad_norm", torch.as_tensor(norm))
-                run.optimizer.step()
-                if accelerator.sync_gradients:
-                    run.scheduler.step()
-                run.optimizer.zero_grad()
-            ratios.append(result.ratio.flatten())
-            means.add("loss", result.loss.detach())
-            means.add("clip_ratio/low_mean", result.clipped_low)
-            means.add("clip_ratio/high_mean", result.clipped_high)
-            means.add("clip_ratio/region_mean", result.clipped_low | result.clipped_high)
-            if scored.kl is not None:
-                means.add("kl", scored.kl.detach())
-            if scored.entropy is not None:
-                means.add("entropy", scored.entropy)
-            bar.update()
-    bar.close()
-    ratio = accelerator.gather(torch.cat(ratios))
-    metrics = means.reduce(accelerator) | {
-        "ratio/mean": float(ratio.mean()),
-        "ratio/min": float(ratio.min()),
-        "ratio/max": float(ratio.max()),
-        "learning_rate": run.scheduler.get_last_lr()[0],
-    }
-    return metrics
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one forward and backward."""
+
+    rollouts: list[Rollout]  # slices of the step's
+    index: list[int]  # of the samples, counted through the step's rollouts
 
 
-def micro_batches(rollouts: Sequence[Rollout], size: int) -> list[tuple[list[Rollout], list[int]]]:
-    """Consecutive samples, `size` at a time: their rollout slices and sample indices."""
-    places = [(r, n) for r, rollout in enumerate(rollouts) for n in range(len(rollout.images))]
+def micro_batches(rollouts: Sequence[Rollout], size: int) -> list[MicroBatch]:
+    """Consecutive samples, `size` at a time."""
+    owners = [r for r, rollout in enumerate(rollouts) for _ in range(len(rollout))]
+    starts = [owners.index(r) for r in range(len(rollouts))]
     batches = []
-    for start in range(0, len(places), size):
-        chosen = places[start : start + size]
-        slices = []
-        for r in sorted({r for r, _ in chosen}):
-            slices.append(select_samples(rollouts[r], [n for q, n in chosen if q == r]))
-        batches.append((slices, list(range(start, start + len(chosen)))))
+    for index in pack(owners, size):
+        parts = [
+            rollouts[r].select([i - starts[r] for i in index if owners[i] == r])
+            for r in sorted({owners[i] for i in index})
+        ]
+        batches.append(MicroBatch(parts, index))
     return batches
+
+
+@torch.no_grad()
+def rescore(
+    stage: Stage, module: Module, rollouts: Sequence[Rollout], batch_size: int, show: bool = False
+) -> Tensor:
+    """Log-probs [B, T] by the training forward, at the update's own micro-batches."""
+    batches = micro_batches(rollouts, batch_size)
+    bar = tqdm(batches, desc="old log-probs", leave=False, disable=not show)
+    return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
+
+
+def update(
+    run: Run, rollouts: Sequence[Rollout], advantages: Tensor, rescored: Tensor | None
+) -> dict[str, float]:
+    """`num_iterations` passes over the rollout in micro-batches; metrics over all processes.
+
+    `rescored`: what `rescore` gave; None where the rollout has a single update, whose own
+    forward is the trainer's, or where the ratio starts from the sampler's log-probs.
+    """
+    accelerator, policy, grpo = run.accelerator, run.policy, run.config.grpo
+    device = accelerator.device
+    advantages = advantages.to(device)
+    sampled = sampled_logprobs(run.stage, rollouts, device)
+    trainer = run.config.old_logprobs == "trainer"
+    batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
+    counts = torch.tensor(float(sampled.numel()), device=device)
+    mean_actions = float(accelerator.reduce(counts, "mean")) / len(batches)
+    totals, begun = Totals(), []
+    schedule = [(p, b) for p in range(grpo.num_iterations) for b in batches]
+    for passed, batch in tqdm(schedule, desc="update", leave=False, disable=not run.shows):
+        with accelerator.accumulate(policy.module):
+            scored = run.stage.score(batch.rollouts, policy.module)
+            old, weight = sampled[batch.index], None
+            if trainer:
+                first = scored.logprobs.detach()
+                old = first if rescored is None else rescored[batch.index]
+                weight = truncated_weight(old, sampled[batch.index], grpo.importance_sampling_cap)
+                if passed == 0:
+                    begun.append(torch.stack([old, sampled[batch.index]]).flatten(1))
+            kl = _kl(run, batch, scored) if grpo.beta > 0 else None
+            actions = Actions(scored.logprobs, old, advantages[batch.index], kl, weight)
+            result = policy_loss(actions, grpo, mean_actions)
+            norm = policy.update(result.loss)
+        totals.add(result.metrics)
+        if scored.entropy is not None:
+            totals.add({"entropy": scored.entropy.mean()})
+        if norm is not None:
+            totals.add({"grad_norm": norm})
+    metrics = totals.reduce(accelerator)
+    if trainer:
+        pairs = accelerator.gather(torch.cat(begun, 1).T)  # [actions, 2]
+        metrics |= Gap.of(*pairs.unbind(1)).metrics()
+    return metrics | {"learning_rate": policy.scheduler.get_last_lr()[0]}
+
+
+def _kl(run: Run, batch: MicroBatch, scored: Scored) -> Tensor:
+    with run.policy.reference() as module:
+        reference = run.stage.score(batch.rollouts, module)
+    return run.stage.kl(scored, reference)

@@ -24,7 +24,7 @@ from typing import Any
 from duet.configs.errors import UserError
 from duet.configs.rows import PICTURES
 from duet.rewards.base import RewardInput
-from duet.rewards.wire_pictures import PictureReader, WireError, encode_picture
+from duet.rewards.service.pictures import PictureReader, WireError, encode_picture
 
 TOKEN_ENV = "DUET_REWARDS_TOKEN"
 

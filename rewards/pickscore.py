@@ -1,4 +1,4 @@
-"""Human preference: PickScore and HPSv2.1, CLIP models trained on people's choices."""
+"""PickScore (arXiv 2305.01569): a CLIP model trained on people's choices between pictures."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -6,17 +6,14 @@ from typing import Any
 
 import torch
 from duet.configs.errors import UserError
-from duet.rewards.alignment import Alignment
 from duet.rewards.base import RewardInput
 from duet.rewards.clip import Dtype, batches, checked_batch_size, picked_device, picked_dtype
 from torch import Tensor
 from torch.nn import functional as F
 
-_HPS_REPOSITORY, _HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
-
 
 class PickScore:
-    """Scale times cosine of image and prompt embeddings, about 15 to 25 (arXiv 2305.01569)."""
+    """Scale times cosine of image and prompt embeddings, about 15 to 25."""
 
     def __init__(
         self,
@@ -80,37 +77,4 @@ def _from_pretrained(kind: Any, what: str, source: str) -> Any:
         raise UserError(
             f"pickscore {what} {source!r} cannot be loaded, give a local folder or an id on the "
             f"hub: {error}"
-        ) from error
-
-
-class HpsV2(Alignment):
-    """HPSv2.1: cosine of image and prompt embeddings, about 0.2 to 0.35 (arXiv 2306.09341).
-
-    Read by open_clip, whose preparation resizes with Pillow; the authors' package
-    resizes the tensor, which differs by rounding and edge smoothing.
-    """
-
-    def __init__(self, checkpoint: str | None = None, model: str = "ViT-H-14", **clip: Any) -> None:
-        """`checkpoint`: HPS_v2.1_compressed.pt; without one it is had from the hub."""
-        super().__init__(model=model, pretrained=checkpoint, **clip)
-
-    def load(self) -> None:
-        if self.clip.pretrained is None:
-            self.clip.pretrained = _downloaded()
-        super().load()
-
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        self.load()
-        return super().__call__(inputs)
-
-
-def _downloaded() -> str:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(_HPS_REPOSITORY, _HPS_FILE)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"hpsv2: {_HPS_FILE} cannot be had from {_HPS_REPOSITORY}: give its path as "
-            f"checkpoint: {error}"
         ) from error

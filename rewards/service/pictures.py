@@ -11,7 +11,7 @@ SAVE = {"png": {"compress_level": 1}, "webp": {"lossless": True, "exact": True, 
 
 
 class WireError(ValueError):
-    """What arrived is not of the form that rewards/wire.py tells."""
+    """What arrived is not of the form that rewards/service/wire.py tells."""
 
 
 def encode_picture(picture: Image.Image, image_format: str) -> str:

@@ -1,4 +1,4 @@
-"""The server of rewards: FastAPI under uvicorn, the form in rewards/wire.py."""
+"""The server of rewards: FastAPI under uvicorn, the form in rewards/service/wire.py."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,8 @@ from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import Reward, score
 from duet.rewards.registry import load_reward, load_weights
-from duet.rewards.wire import (
+from duet.rewards.service.pictures import WireError
+from duet.rewards.service.wire import (
     TOKEN_ENV,
     Health,
     decode_request,
@@ -23,7 +24,6 @@ from duet.rewards.wire import (
     encode_scores,
     read_token,
 )
-from duet.rewards.wire_pictures import WireError
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse

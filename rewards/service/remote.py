@@ -13,9 +13,15 @@ from urllib.parse import quote
 import httpx
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
-from duet.rewards.endpoints import Conversation, Endpoints, converse
-from duet.rewards.wire import TOKEN_ENV, Health, decode_health, decode_scores, encode_request
-from duet.rewards.wire_pictures import SAVE, WireError
+from duet.rewards.service.endpoints import Conversation, Endpoints, converse
+from duet.rewards.service.pictures import SAVE, WireError
+from duet.rewards.service.wire import (
+    TOKEN_ENV,
+    Health,
+    decode_health,
+    decode_scores,
+    encode_request,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import httpx
 from duet.configs.errors import UserError
-from duet.rewards.wire import excerpt, read_token
-from duet.rewards.wire_pictures import WireError
+from duet.rewards.service.pictures import WireError
+from duet.rewards.service.wire import excerpt, read_token
 
 MAX_REPLY = 2**20  # bytes; a score takes about twenty
 _jitter = random.Random()  # of its own: a retry must not move a run's random numbers

@@ -1,0 +1,48 @@
+"""Pictures in and out: latents to pixels, pixels to pictures, a picture to its tokens."""
+
+import numpy as np
+import torch
+from diffusers import GlmImagePipeline
+from diffusers.image_processor import VaeImageProcessor
+from duet.configs.errors import UserError
+from duet.inference.layout import Size
+from PIL import Image
+from torch import Tensor
+
+_PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
+
+
+@torch.no_grad()
+def decode_pixels(vae, latents: Tensor) -> np.ndarray:
+    """Standardised latents [B, C, h, w] -> float32 pixels [B, H, W, 3] in [0, 1]."""
+    mean, std = (
+        torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    pixels = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    return _PROCESSOR.postprocess(pixels.float(), output_type="np")
+
+
+def to_images(pixels: np.ndarray) -> list[Image.Image]:
+    """Float pixels [B, H, W, 3] -> RGB pictures."""
+    return _PROCESSOR.numpy_to_pil(pixels)
+
+
+@torch.no_grad()
+def encode_prior(pipeline: GlmImagePipeline, image: Image.Image, size: Size) -> Tensor:
+    """The large-grid tokens [h * w] that the AR's own vision tower gives a picture.
+
+    Raises UserError for a size that the image processor's limits exclude.
+    """
+    ar = pipeline.vision_language_encoder
+    inputs = pipeline.processor.image_processor(
+        images=[image.convert("RGB").resize((size.width, size.height))], return_tensors="pt"
+    ).to(ar.device)
+    grid = inputs["image_grid_thw"]
+    if grid[0].tolist() != [1, size.grid.height, size.grid.width]:
+        raise UserError(
+            f"a reference image of {size.height} x {size.width} pixels gives the token grid "
+            f"{grid[0].tolist()[1:]}: the image processor's size limits exclude it"
+        )
+    features = ar.get_image_features(inputs["pixel_values"], grid).pooler_output
+    return ar.get_image_tokens(features, grid).cpu()

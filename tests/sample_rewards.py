@@ -1,0 +1,96 @@
+"""Small rewards that tests name by their dotted path; no torch."""
+
+import math
+import threading
+import time
+
+import numpy as np
+
+
+class Constant:
+    def __init__(self, value=1.0):
+        self.value = value
+
+    def __call__(self, inputs):
+        return [self.value for _ in inputs]
+
+
+class Scores:
+    """The same scores for every batch."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, inputs):
+        return self.scores
+
+
+class Sees:
+    """All that a reward can read of a sample, as one number."""
+
+    def __call__(self, inputs):
+        return [
+            np.mean(i.image) + np.mean(i.picture("image")) / 7 + len(i.prompt) + len(i.row["text"])
+            for i in inputs
+        ]
+
+
+class HasSource:
+    """1 where the row has a `source` picture that a file can be opened from."""
+
+    def __call__(self, inputs):
+        return [math.nan if i.picture("source") is None else 1.0 for i in inputs]
+
+
+class Rank:
+    """The place of each picture among the samples of its prompt, by brightness."""
+
+    whole_groups = True
+
+    def __call__(self, inputs):
+        return np.argsort(np.argsort([np.mean(i.image) for i in inputs])).tolist()
+
+
+class Unsure:
+    """Leaves out a share of every batch."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, inputs):
+        left_out = round(self.share * len(inputs))
+        return [math.nan] * left_out + [0.1 * i for i in range(len(inputs) - left_out)]
+
+
+class Slow:
+    """Sleeps 200 ms a batch, then scores the mean brightness."""
+
+    def __init__(self):
+        self.spans = []
+
+    def __call__(self, inputs):
+        start = time.perf_counter()
+        time.sleep(0.2)
+        self.spans.append((start, time.perf_counter()))
+        return [float(np.asarray(i.image).mean()) for i in inputs]
+
+
+class Waits:
+    """Takes the time that the row says."""
+
+    def __call__(self, inputs):
+        time.sleep(inputs[0].row["seconds"])
+        return [1.0 for _ in inputs]
+
+
+class Alone:
+    """Raises when two threads score at a time."""
+
+    def __init__(self):
+        self.busy = threading.Lock()
+
+    def __call__(self, inputs):
+        assert self.busy.acquire(blocking=False)
+        time.sleep(0.05)
+        self.busy.release()
+        return [1.0 for _ in inputs]

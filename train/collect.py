@@ -1,0 +1,47 @@
+"""A step's rollouts with their rewards: prompts in, samples and scores out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from duet.inference.rollout import Rollout
+from duet.train.prompts import draw_groups, shard
+from duet.train.scoring import Sampled, Scores, sample_and_score
+from duet.train.setup import Run
+from duet.train.together import gather_rows, together
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Of one step: what this process sampled, and how all processes' samples scored."""
+
+    sampled: Sampled
+    group_ids: Tensor  # int64 [B]
+    all_scores: Scores  # of all processes
+    all_group_ids: Tensor
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return self.sampled.rollouts
+
+
+def collect(run: Run, step: int) -> Collected:
+    """Sample this process's groups and score them.
+
+    Raises UserError, on all processes, when a reward fails on one.
+    """
+    config, stage, accelerator = run.config, run.stage, run.accelerator
+    count, samples = config.rollout.prompts_per_step, config.rollout.num_generations
+    groups = draw_groups(run.rows, config.seed, step, count, samples)
+    mine = shard(groups, accelerator.process_index, accelerator.num_processes)
+    with together(accelerator), run.policy.sampling():
+        requests = stage.requests(mine)
+
+        def sample(batch: Sequence[int]) -> list[Rollout]:
+            return stage.engine.rollout([requests[i] for i in batch], stage.window(step))
+
+        sampled = sample_and_score(sample, mine, run.scorer, config.rollout.batch_size, run.shows)
+    ids = torch.tensor([g.id for g in mine for _ in g.seeds])
+    scores = sampled.scores.map(lambda column: gather_rows(accelerator, column))
+    return Collected(sampled, ids, scores, gather_rows(accelerator, ids))

@@ -1,0 +1,36 @@
+"""From advantages to weights: whose log-probs the ratio starts from, the gate, the updates."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from duet.inference.rollout import Rollout
+from duet.train import gate
+from duet.train.setup import Run
+from duet.train.together import together
+from duet.train.update import rescore, update
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Learned:
+    metrics: dict[str, float]  # over all processes
+    seconds: float  # on this process
+
+
+def learn(run: Run, rollouts: Sequence[Rollout], advantages: Tensor, first: bool) -> Learned:
+    """One rollout's updates; before the `first` one, what trains must be what sampled.
+
+    Raises UserError, on all processes, where it is not.
+    """
+    start = time.perf_counter()
+    several = run.geometry.updates_per_rollout > 1
+    rescored = None
+    if first or (several and run.config.old_logprobs == "trainer"):
+        size = run.config.optim.per_device_train_batch_size
+        rescored = rescore(run.stage, run.policy.module, rollouts, size, run.shows)
+    if first:
+        with together(run.accelerator):
+            gate.check_gap(run.stage, rollouts, rescored, run.config.arithmetic.precision)
+    metrics = update(run, rollouts, advantages, rescored)
+    return Learned(metrics, time.perf_counter() - start)

@@ -1,0 +1,92 @@
+"""Metrics to accelerate's trackers and always to a JSONL file; pictures now and then."""
+
+import importlib.util
+import json
+import math
+import netrc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from duet.configs.errors import UserError
+from duet.configs.schema import RunConfig
+from duet.inference.rollout import Rollout
+from duet.train.checkpoint import Start
+from duet.train.metrics import METRICS_FILE, read_metrics
+from PIL import Image
+
+_WANDB_HOST = "api.wandb.ai"
+
+
+def prepare_trackers(config: RunConfig) -> list[str]:
+    """Check that each tracker is installed; wandb without a login goes offline."""
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.trackers has {name!r}, which is not installed: pip install 'duet[{name}]'"
+            )
+    if "wandb" in config.train.trackers and not _wandb_login():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    return list(config.train.trackers)
+
+
+def _wandb_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(_WANDB_HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class MetricsLog:
+    """The main process writes; the others' calls do nothing."""
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, start: Start, images_every: int
+    ) -> None:
+        """`images_every`: a grid of pictures is written every so many steps."""
+        self.accelerator = accelerator
+        self.folder = output_dir
+        self.images_every = images_every
+        self.path = output_dir / METRICS_FILE
+        self.history: list[dict] = []  # of the steps before, in a resumed run
+        if accelerator.is_main_process:
+            if start.checkpoint:
+                # what came after the checkpoint is done again
+                steps = read_metrics(start.checkpoint.parent)
+                self.history = [s for s in steps if s["step"] <= start.step]
+            partial = self.path.with_name(f".{METRICS_FILE}.partial")
+            partial.write_text("".join(json.dumps(s) + "\n" for s in self.history))
+            partial.replace(self.path)
+
+    def write(self, metrics: dict[str, float], rollouts: Sequence[Rollout], step: int) -> None:
+        """After step `step`, counted from 1; in the pictures' grid each row is a group."""
+        if not self.accelerator.is_main_process:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.accelerator.log(metrics, step=step)
+        if (step - 1) % self.images_every == 0:
+            grid = image_grid([i for r in rollouts for i in r.images], len(rollouts[0]))
+            self._write_images(grid, step)
+
+    def _write_images(self, grid: Image.Image, step: int) -> None:
+        (self.folder / "images").mkdir(exist_ok=True)
+        grid.save(self.folder / "images" / f"step-{step}.png")
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"rollout": np.asarray(grid)[None]}, step=step, **layout)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, row by row; a group a row when columns is its size."""
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid

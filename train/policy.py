@@ -1,0 +1,110 @@
+"""What is trained: sampled from, compared with its reference, updated, saved.
+
+Everything follows from which parameters require gradients: here those of a LoRA.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from duet.configs.errors import UserError
+from duet.configs.schema import OptimConfig
+from duet.inference.adapters import AdapterInfo, adapter_disabled, restore_adapter, save_adapter
+from duet.inference.parts import Part
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+_STATE = "state"  # optimizer, scheduler and RNG, as accelerate writes them
+_ADAPTER = "adapter"
+
+
+class Policy:
+    """A part's module with its optimizer. `module` is what training forwards go through."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        part: Part,
+        module: Module,
+        optim: OptimConfig,
+        updates: int,
+    ) -> None:
+        """`module`: the part itself, its trained parameters requiring gradients; `updates`: of
+        the whole run, for the learning rate's schedule.
+        """
+        self.accelerator, self.part, self.inner, self.optim = accelerator, part, module, optim
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = AdamW(
+            self.trained,
+            lr=optim.learning_rate,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            weight_decay=optim.weight_decay,
+        )
+        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, optim, updates))
+        self.module, self.optimizer, self.scheduler = accelerator.prepare(
+            module, optimizer, scheduler
+        )
+        # `save_state` must not write, nor `load_state` read, the frozen base
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    @contextmanager
+    def sampling(self) -> Iterator[Module]:
+        """The module to sample with: the bare one, whatever wraps it for training."""
+        with torch.no_grad():
+            yield self.inner
+
+    @contextmanager
+    def reference(self) -> Iterator[Module]:
+        """The module as it was before training, for the KL."""
+        with torch.no_grad(), adapter_disabled(self.inner):
+            yield self.inner
+
+    def update(self, loss: Tensor) -> Tensor | None:
+        """Backward; on the last micro-batch of an update clip and step.
+
+        Call it inside `accelerator.accumulate(policy.module)`. Returns the gradient's norm
+        before clipping where a step was made.
+        """
+        accelerator, norm = self.accelerator, None
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(self.trained, self.optim.max_grad_norm)
+        self.optimizer.step()
+        if accelerator.sync_gradients:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return norm if norm is None else torch.as_tensor(norm)
+
+    def save(self, folder: Path, info: AdapterInfo) -> None:
+        """Collective: every process calls it, one writes."""
+        self.accelerator.save_state(str(folder / _STATE))
+        if self.accelerator.is_main_process:
+            save_adapter(self.inner, folder / _ADAPTER, info)
+
+    def load(self, folder: Path) -> None:
+        """The very weights, optimizer, schedule and RNG that were saved.
+
+        Raises UserError for a damaged checkpoint.
+        """
+        restore_adapter(self.inner, folder)
+        try:
+            self.accelerator.load_state(str(folder / _STATE))
+        except Exception as error:  # torch, pickle and zip readers each raise their own kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"checkpoint {str(folder)!r} is damaged ({reason}): resume from another"
+            ) from error
+
+
+def learning_rate_factor(optim: OptimConfig, updates: int, update: int) -> float:
+    """Warm-up, then constant, or linear to 0 after the run's `updates`."""
+    factor = min(1.0, (update + 1) / (optim.warmup_steps + 1))
+    if optim.lr_scheduler_type == "linear":
+        factor *= max(0.0, 1 - update / updates)
+    return factor

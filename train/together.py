@@ -1,0 +1,33 @@
+"""Processes that end together and see each other's values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from duet.configs.errors import UserError
+from torch import Tensor
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """A UserError of one process is raised on all: none waits for it until a time-out."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    told = gather_object([None if mine is None else str(mine)])
+    if mine is not None:
+        raise mine
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise UserError(f"process {rank} ended: {text}")
+
+
+def gather_rows(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The processes' rows, one after another, on the CPU; unequal lengths are fine."""
+    if accelerator.num_processes == 1:
+        return tensor.cpu()
+    return torch.cat([torch.tensor(part) for part in gather_object([tensor.tolist()])])
