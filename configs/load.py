@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 

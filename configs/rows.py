@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from duet.configs.errors import UserError
 from PIL import Image
+
+from duet.configs.errors import UserError
 
 PICTURES = ("image", "source")  # keys of a row that name picture files
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers import GlmImagePipeline
-from duet.configs.errors import UserError
-from duet.configs.schema import Arithmetic
-from duet.inference.parts import PARTS, Part
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch.nn import Module
+
+from duet.configs.errors import UserError
+from duet.configs.schema import Arithmetic
+from duet.inference.parts import PARTS, Part
 
 _INFO = "duet_adapter.json"
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+
 from duet.configs.schema import SamplingConfig
 from duet.inference.prompt import PromptBatch
 from duet.inference.rollout import TokenTrajectory
-from torch import Tensor
-from torch.nn import Module
 
 
 def policy_logprobs(

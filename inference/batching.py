@@ -27,13 +27,13 @@ def pack(
         weights = [weight(items[i]) for i in same]
         total = sum(weights)
         share = total / ceil(total / cap)
-        batch, held = [], 0
+        batch, held, done, closed = [], 0, 0, 0
         for i, own in zip(same, weights, strict=True):
-            if batch and (held + own > cap or held >= share):
+            if batch and (held + own > cap or done >= share * (closed + 1)):
                 batches.append(batch)
-                batch, held = [], 0
+                batch, held, closed = [], 0, closed + 1
             batch.append(i)
-            held += own
+            held, done = held + own, done + own
         batches.append(batch)
     return batches
 

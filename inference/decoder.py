@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+
 from duet.inference.flow import SDE_STEPS, Gaussian, ode_step
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, seeded
 from duet.inference.samples import join
-from torch import Tensor
-from torch.nn import Module
 
 
 def velocity(

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
 from duet.configs.schema import SamplingConfig
 from duet.inference.autoregressive import draw
 from duet.inference.prompt import Prompt, PromptBatch
 from duet.inference.rollout import TokenTrajectory, seeded
-from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True)

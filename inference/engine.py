@@ -9,6 +9,10 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import GlmImagePipeline
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
 from duet.configs.errors import UserError
 from duet.configs.schema import AUTOCAST, Arithmetic, SamplingConfig, SdeConfig
 from duet.inference import autoregressive, decoder, pictures
@@ -31,9 +35,6 @@ from duet.inference.rollout import (
     seeded,
 )
 from duet.inference.samples import Kind, join
-from torch import Tensor
-from torch.nn import Module
-from tqdm import tqdm
 
 
 class Engine:

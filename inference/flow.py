@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from duet.inference.samples import Samples
 from torch import Tensor
+
+from duet.inference.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import torch
 from diffusers import GlmImagePipeline
-from duet.configs.quotes import quoted_spans
 from torch import Tensor
+
+from duet.configs.quotes import quoted_spans
 
 
 @torch.no_grad()

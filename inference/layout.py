@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from duet.configs.errors import UserError
 from torch import Tensor
+
+from duet.configs.errors import UserError
 
 PIXELS_PER_TOKEN = 32
 _PREVIEW_SIDE = 16  # a preview holds about 16 x 16 tokens whatever the image's size

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
+
 from duet.configs.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name

@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from diffusers import GlmImagePipeline
 from diffusers.image_processor import VaeImageProcessor
-from duet.configs.errors import UserError
-from duet.inference.layout import Size
 from PIL import Image
 from torch import Tensor
+
+from duet.configs.errors import UserError
+from duet.inference.layout import Size
 
 _PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
 

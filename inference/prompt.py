@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from duet.inference.layout import Grid, Size, grid_positions, preview_grid
-from duet.inference.request import Request
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
+
+from duet.inference.layout import Grid, Size, grid_positions, preview_grid
+from duet.inference.request import Request
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from duet.configs.errors import UserError
-from duet.inference.layout import Size
 from PIL import Image
 from torch import Tensor
+
+from duet.configs.errors import UserError
+from duet.inference.layout import Size
 
 
 @dataclass(frozen=True)

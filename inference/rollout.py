@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
 from duet.configs.schema import SdeConfig
 from duet.inference.flow import Schedule
 from duet.inference.layout import Size
 from duet.inference.prompt import Prompt
 from duet.inference.request import Request
 from duet.inference.samples import Samples
-from PIL import Image
-from torch import Tensor
 
 
 @dataclass(frozen=True)

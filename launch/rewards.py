@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.load import build, read_tree
 from duet.configs.rows import PICTURES
@@ -14,7 +16,6 @@ from duet.configs.schema import RewardConfig, RunConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.catalogue import catalogue
 from duet.rewards.registry import load_rewards
-from PIL import Image
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duet.configs.errors import UserError
-from duet.rewards.base import RewardInput
-from duet.rewards.clip import ClipReward
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from duet.configs.errors import UserError
+from duet.rewards.base import RewardInput
+from duet.rewards.clip import ClipReward
 
 
 class Aesthetic(ClipReward):

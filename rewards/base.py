@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.rows import read_picture
-from PIL import Image
 
 
 def _whole(image: Image.Image) -> Image.Image:

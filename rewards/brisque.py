@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from duet.rewards.base import RewardInput
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import correlate1d
 from scipy.special import gamma
+
+from duet.rewards.base import RewardInput
 
 Array = NDArray[np.float64]
 

@@ -7,10 +7,11 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
-from duet.configs.errors import UserError
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+from duet.configs.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

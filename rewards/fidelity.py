@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from duet.rewards.base import RewardInput
-from duet.rewards.clip import Clip, ClipReward, batches
 from PIL import Image
 from scipy.ndimage import gaussian_filter, sobel, uniform_filter
+
+from duet.rewards.base import RewardInput
+from duet.rewards.clip import Clip, ClipReward, batches
 
 # scikit-image's and libjpeg's grey weights (ITU-R BT.601)
 _GREY = np.array([0.299, 0.587, 0.114])

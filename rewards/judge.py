@@ -14,10 +14,11 @@ from string import Formatter
 from typing import Any, Literal
 
 import httpx
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.judge_reading import READINGS, Unscored
-from PIL import Image
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,14 @@ from itertools import permutations
 from typing import Literal
 
 import numpy as np
+from PIL import Image
+from rapidfuzz import fuzz
+from rapidfuzz.distance import Levenshtein
+
 from duet.configs.errors import UserError
 from duet.configs.quotes import quoted_spans
 from duet.rewards.base import RewardInput
 from duet.rewards.ocr_reader import DET_SIZES, ENGINES, Reader, open_reader
-from PIL import Image
-from rapidfuzz import fuzz
-from rapidfuzz.distance import Levenshtein
 
 _ALL_ORDERS = 5  # up to this many spans every order is tried
 

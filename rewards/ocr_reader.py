@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from duet.configs.errors import UserError
 from PIL import Image, ImageDraw, ImageFont
+
+from duet.configs.errors import UserError
 
 Reader = Callable[[np.ndarray], Any]  # rapidocr.RapidOCR: BGR pixels in, .txts out
 DET_SIZES = ("tiny", "small", "medium")  # PP-OCRv6's; the package carries `small`

@@ -5,11 +5,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.clip import Dtype, batches, checked_batch_size, picked_device, picked_dtype
-from torch import Tensor
-from torch.nn import functional as F
 
 
 class PickScore:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.clip import picked_device
-from PIL import Image
-from torch import Tensor
 
 
 class PyIqa:

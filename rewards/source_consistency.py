@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
+
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.clip import ClipReward, batches
-from PIL import Image
-from torch import Tensor
 
 
 class SourceConsistency(ClipReward):

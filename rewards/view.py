@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from duet.rewards.base import Reward, RewardInput
 from PIL import Image
+
+from duet.rewards.base import Reward, RewardInput
 
 LOW_FACTOR = 8  # one pixel for each latent cell: what is finer is the decoder's
 

@@ -8,16 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+
 from duet.configs.load import load_config
 from duet.configs.rows import load_rows
-from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.configs.schema import RunConfig, SamplingConfig, SdeConfig
 from duet.inference.engine import Engine
+from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
+from duet.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "configs" / "tiny" / "model"
 CLIP = f"local-dir:{ROOT}/configs/tiny/judges/clip"
 SAMPLING = SamplingConfig(height=64, width=96, num_inference_steps=6)
+SIZE = Size(64, 96)
+
+
+def train(config: RunConfig) -> Path:
+    """A run in this process, as if none had been before it."""
+    AcceleratorState._reset_state(True)
+    return loop.train(config)
 
 
 @pytest.fixture(autouse=True)

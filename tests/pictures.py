@@ -1,7 +1,8 @@
 """The card's pictures by name, and damage to any picture step by step."""
 
-from duet.train.tiny.specimens import blurred, compressed, noisy, specimens
 from PIL import Image
+
+from duet.train.tiny.specimens import blurred, compressed, noisy, specimens
 
 PICTURES = dict(specimens())
 CLEAN = PICTURES["clean"]

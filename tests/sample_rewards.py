@@ -15,16 +15,6 @@ class Constant:
         return [self.value for _ in inputs]
 
 
-class Scores:
-    """The same scores for every batch."""
-
-    def __init__(self, scores):
-        self.scores = scores
-
-    def __call__(self, inputs):
-        return self.scores
-
-
 class Sees:
     """All that a reward can read of a sample, as one number."""
 

@@ -4,14 +4,23 @@ import math
 
 import pytest
 import torch
+from torch.distributions import Categorical, kl_divergence
+
 from duet.configs.schema import GrpoConfig
 from duet.train.advantages import group_advantages
-from duet.train.loss import DR_GRPO_LENGTH, importance_ratio, k3_kl, policy_loss
+from duet.train.loss import (
+    DR_GRPO_LENGTH,
+    Actions,
+    importance_ratio,
+    k3_kl,
+    policy_loss,
+    truncated_weight,
+)
 from duet.train.metrics import reward_metrics
-from torch.distributions import Categorical, kl_divergence
 
 NAN = float("nan")
 ONE = torch.ones(1)
+SUM_FIRST = GrpoConfig(multi_objective_aggregation="sum_then_normalize")
 
 
 def test_scores_are_normalised_within_their_group():
@@ -26,12 +35,17 @@ def test_each_reward_is_normalised_before_it_is_weighted():
     weights, ids = torch.tensor([1.0, 0.5]), torch.zeros(2, dtype=torch.long)
     per_reward = group_advantages(scores, weights, ids).values
     assert per_reward.tolist() == pytest.approx([-0.3535, 0.3535], abs=1e-3)
-    summed = group_advantages(scores, weights, ids, sum_first=True).values
+    summed = group_advantages(scores, weights, ids, config=SUM_FIRST).values
     assert summed.tolist() == pytest.approx([0.7071, -0.7071], abs=1e-3)
 
 
 def test_without_scaling_only_the_mean_is_taken_off():
-    result = group_advantages(torch.tensor([[1.0], [4.0]]), ONE, torch.zeros(2).long(), scale=False)
+    result = group_advantages(
+        torch.tensor([[1.0], [4.0]]),
+        ONE,
+        torch.zeros(2).long(),
+        config=GrpoConfig(scale_rewards=False),
+    )
     assert result.values.tolist() == pytest.approx([-1.5, 1.5])
 
 
@@ -43,15 +57,17 @@ def test_nan_leaves_the_sample_out_and_is_no_zero():
     both = torch.cat([scores, torch.tensor([[1.0], [2.0], [3.0]])], 1)
     values = group_advantages(both, torch.ones(2), ids).values
     assert values.tolist() == pytest.approx([-1.7071, 0.0, 1.7071], abs=1e-3)
-    summed = group_advantages(both, torch.ones(2), ids, sum_first=True).values
+    summed = group_advantages(both, torch.ones(2), ids, config=SUM_FIRST).values
     assert summed.tolist() == pytest.approx([-0.7071, 0.0, 0.7071], abs=1e-3)
 
 
 def test_a_reward_of_no_weight_takes_no_sample_away():
     scores, ids = torch.tensor([[2.0, NAN], [4.0, 1.0]]), torch.zeros(2, dtype=torch.long)
     weights = torch.tensor([1.0, 0.0])
-    alone = group_advantages(scores[:, :1], ONE, ids, sum_first=True).values
-    assert group_advantages(scores, weights, ids, sum_first=True).values.tolist() == alone.tolist()
+    alone = group_advantages(scores[:, :1], ONE, ids, config=SUM_FIRST).values
+    assert (
+        group_advantages(scores, weights, ids, config=SUM_FIRST).values.tolist() == alone.tolist()
+    )
     assert reward_metrics(scores, weights, ["a", "b"], ids)["reward"] == 3
 
 
@@ -66,24 +82,28 @@ def test_clipping_has_two_sides():
     old = torch.zeros(4, 1)
     new = torch.tensor([[0.5], [1.6], [0.5], [1.6]]).log()
     gain = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    result = policy_loss(new, old, gain, GrpoConfig(epsilon=0.2, epsilon_high=0.4))
+    result = policy_loss(
+        Actions(new, old, gain), GrpoConfig(epsilon=0.2, epsilon_high=0.4), mean_actions=4
+    )
     # -min(r A, clip A): -0.5, -1.4, +0.8, +1.6
     assert float(result.loss) == pytest.approx((-0.5 - 1.4 + 0.8 + 1.6) / 4)
-    assert result.clipped_high[:, 0].tolist() == [False, True, False, False]
-    assert result.clipped_low[:, 0].tolist() == [False, False, True, False]
+    shares = {name: float(result.metrics[f"clip_ratio/{name}_mean"]) for name in ("low", "high")}
+    assert shares == {"low": 0.25, "high": 0.25}, "each side holds only where it limits a gain"
+    assert float(result.metrics["clip_ratio/region_mean"]) == 0.5
+    assert float(result.metrics["ratio/min"]) == pytest.approx(0.5)
+    assert float(result.metrics["ratio/max"]) == pytest.approx(1.6)
 
 
 def test_gradient_at_ratio_one_is_that_of_the_policy_gradient():
     logprobs = torch.zeros(2, 3, requires_grad=True)
-    policy_loss(
-        logprobs, torch.zeros(2, 3), torch.tensor([2.0, -1.0]), GrpoConfig()
-    ).loss.backward()
+    actions = Actions(logprobs, torch.zeros(2, 3), torch.tensor([2.0, -1.0]))
+    policy_loss(actions, GrpoConfig(), 6).loss.backward()
     assert logprobs.grad.tolist() == [pytest.approx([-2 / 6] * 3), pytest.approx([1 / 6] * 3)]
 
 
 def test_dr_grpo_divides_by_a_constant():
     new, gain = torch.zeros(2, 50), torch.tensor([1.0, 3.0])
-    loss = policy_loss(new, new, gain, GrpoConfig(loss_type="dr_grpo")).loss
+    loss = policy_loss(Actions(new, new, gain), GrpoConfig(loss_type="dr_grpo"), 100).loss
     assert float(loss) == pytest.approx(-(50 * 1 + 50 * 3) / 2 / DR_GRPO_LENGTH)
 
 
@@ -96,9 +116,31 @@ def test_gspo_takes_the_geometric_mean_of_a_sequence():
         [2, 0.5, 8]
     )
     config = GrpoConfig(importance_sampling_level="sequence", epsilon=0.2)
-    assert float(policy_loss(new, torch.zeros(1, 3), torch.ones(1), config).loss) == pytest.approx(
-        -1.2
-    )
+    actions = Actions(new, torch.zeros(1, 3), torch.ones(1))
+    assert float(policy_loss(actions, config, 3).loss) == pytest.approx(-1.2)
+
+
+def test_dapo_weighs_every_action_of_the_step_the_same():
+    """TRL's dapo: the sum over a step's actions over their number, micro-batch by micro-batch."""
+    config = GrpoConfig(loss_type="dapo")
+    short, long = torch.zeros(2, 3), torch.zeros(1, 9)
+    mean_actions = (6 + 9) / 2
+    losses = [
+        policy_loss(Actions(short, short, torch.tensor([1.0, 2.0])), config, mean_actions).loss,
+        policy_loss(Actions(long, long, torch.tensor([5.0])), config, mean_actions).loss,
+    ]
+    # the two micro-batches are averaged, as gradient accumulation does
+    assert float(sum(losses) / 2) == pytest.approx(-(3 * 1 + 3 * 2 + 9 * 5) / 15)
+
+
+def test_an_importance_weight_is_truncated_and_scales_the_gain_alone():
+    old, sampled = torch.tensor([[0.5, 0.4, 0.9]]).log(), torch.tensor([[0.25, 0.5, 0.1]]).log()
+    weight = truncated_weight(old, sampled, cap=3.0)
+    assert weight[0].tolist() == pytest.approx([2.0, 0.8, 3.0])
+    kl = torch.full((1, 3), 0.5)
+    actions = Actions(old, old, torch.ones(1), kl, weight)
+    loss = policy_loss(actions, GrpoConfig(beta=0.1), 3).loss
+    assert float(loss) == pytest.approx(-(2.0 + 0.8 + 3.0) / 3 + 0.1 * 0.5)
 
 
 def test_k3_is_an_unbiased_kl():
@@ -111,5 +153,5 @@ def test_k3_is_an_unbiased_kl():
 def test_beta_weighs_the_kl():
     kl = torch.full((1, 2), 0.25)
     zero = torch.zeros(1, 2)
-    loss = policy_loss(zero, zero, torch.zeros(1), GrpoConfig(beta=0.4), kl).loss
+    loss = policy_loss(Actions(zero, zero, torch.zeros(1), kl), GrpoConfig(beta=0.4), 2).loss
     assert float(loss) == pytest.approx(0.1)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from duet.rewards.registry import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.quotes import quoted_spans

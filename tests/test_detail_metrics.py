@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.brisque import GREY, Brisque, brisque, contrasts
 from duet.rewards.registry import load_reward, load_rewards
 from duet.train.tiny.specimens import CARD, write
-from PIL import Image
-
 from tests.brisque_reference import photograph, pictures
 from tests.conftest import ROOT
 from tests.pictures import CLEAN, DAMAGE, PICTURES, damaged

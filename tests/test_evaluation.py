@@ -1,10 +1,11 @@
-"""Names, intervals and shares of an evaluation; its command runs in test_commands.py."""
+"""Names and intervals of an evaluation; the whole of it runs in test_commands.py."""
 
 import numpy as np
 import pytest
+
 from duet.configs.errors import UserError
 from duet.configs.schema import EvalConfig
-from duet.train.evaluation import bootstrap_interval, evaluate, labels
+from duet.train.evaluation import bootstrap_interval, labels, summarise
 
 
 def test_every_model_has_a_name_of_its_own():
@@ -30,13 +31,6 @@ def test_bootstrap_interval_is_that_of_the_mean():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-def test_a_picture_without_a_score_is_no_imperfect_one(small_run, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a red card"}\n{"prompt": "a blue card"}\n')
-    rewards = (
-        "rewards=[{name: tests.sample_rewards.Scores, args: {scores: [1.0, .nan, 0.5, .nan]}}]"
-    )
-    prompts = f"data.eval={tmp_path / 'rows.jsonl'}"
-    config = small_run("decoder", prompts, rewards, "eval={images_per_prompt: 2}")
-    [row] = evaluate(config, [], tmp_path / "report")["rows"]
-    assert row["metrics"]["Scores"]["perfect"] == 0.5
-    assert row["metrics"]["Scores"]["mean"] == 0.75
+def test_a_picture_without_a_score_is_no_imperfect_one():
+    scores = [[1.0, float("nan")], [0.5, float("nan")]]
+    assert summarise(scores, None, EvalConfig()).perfect == 0.5

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from duet.inference import flow
 from torch.distributions import Normal, kl_divergence
+
+from duet.inference import flow
 
 
 @pytest.mark.parametrize("kind", ["linear", "exponential"])
@@ -49,39 +50,43 @@ def test_flow_sde_step_by_hand():
     s, dt = a * math.sqrt(sigma / (1 - sigma)), sigma_next - sigma
     # the reverse SDE dx = [v + s^2 / (2 sigma) (x + (1 - sigma) v)] dt + s dw, one Euler step
     drift = v + s**2 / (2 * sigma) * (x + (1 - sigma) * v)
-    mean, std = flow.flow_sde_step(*map(torch.tensor, (x, v, sigma, sigma_next)), a)
-    assert float(mean) == pytest.approx(x + drift * dt, abs=1e-6) == pytest.approx(0.702, abs=1e-6)
-    assert float(std) == pytest.approx(0.7 * math.sqrt(0.1), abs=1e-6)
+    made = flow.flow_sde_step(*map(torch.tensor, (x, v, sigma, sigma_next)), a)
+    assert (
+        float(made.mean)
+        == pytest.approx(x + drift * dt, abs=1e-6)
+        == pytest.approx(0.702, abs=1e-6)
+    )
+    assert float(made.std) == pytest.approx(0.7 * math.sqrt(0.1), abs=1e-6)
 
 
 def test_flow_sde_first_step_uses_the_next_sigma():
-    _, std = flow.flow_sde_step(*map(torch.tensor, (1.0, 1.0, 1.0, 0.8)), 0.5)
-    assert float(std) == pytest.approx(0.5 * math.sqrt(1 / 0.2) * math.sqrt(0.2))
+    made = flow.flow_sde_step(*map(torch.tensor, (1.0, 1.0, 1.0, 0.8)), 0.5)
+    assert float(made.std) == pytest.approx(0.5 * math.sqrt(1 / 0.2) * math.sqrt(0.2))
 
 
 def test_cps_preserves_the_coefficients():
     """With the true velocity, x' has signal 1 - sigma' and total noise sigma'."""
     sigma, sigma_next, eta = torch.tensor(0.7), torch.tensor(0.5), 0.6
     x0, noise = torch.tensor(3.0), torch.tensor(1.0)
-    mean, std = flow.cps_step((1 - sigma) * x0 + sigma * noise, noise - x0, sigma, sigma_next, eta)
-    kept = mean - (1 - sigma_next) * x0
-    assert float(kept**2 + std**2) == pytest.approx(0.25, abs=1e-6)
-    assert float(std) == pytest.approx(0.5 * math.sin(0.3 * math.pi), abs=1e-6)
+    made = flow.cps_step((1 - sigma) * x0 + sigma * noise, noise - x0, sigma, sigma_next, eta)
+    kept = made.mean - (1 - sigma_next) * x0
+    assert float(kept**2 + made.std**2) == pytest.approx(0.25, abs=1e-6)
+    assert float(made.std) == pytest.approx(0.5 * math.sin(0.3 * math.pi), abs=1e-6)
 
 
 @pytest.mark.parametrize("step", list(flow.SDE_STEPS.values()))
 def test_without_noise_every_sde_is_the_ode(step):
     x, v = torch.randn(2, 4), torch.randn(2, 4)
     sigma, sigma_next = torch.tensor(0.6), torch.tensor(0.4)
-    mean, std = step(x, v, sigma, sigma_next, 0.0)
-    assert torch.allclose(mean, flow.ode_step(x, v, sigma, sigma_next), atol=1e-6)
-    assert float(std) == 0
+    made = step(x, v, sigma, sigma_next, 0.0)
+    assert torch.allclose(made.mean, flow.ode_step(x, v, sigma, sigma_next), atol=1e-6)
+    assert float(made.std) == 0
 
 
 def test_gaussians_against_torch_distributions():
     x, mean, ref = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
     std = torch.tensor([0.3, 0.5, 2.0]).view(3, 1, 1, 1)
     expected = Normal(mean, std).log_prob(x).mean((1, 2, 3))
-    assert torch.allclose(flow.gaussian_logprob(x, mean, std), expected, atol=1e-5)
+    assert torch.allclose(flow.Gaussian(mean, std).logprob(x), expected, atol=1e-5)
     expected = kl_divergence(Normal(mean, std), Normal(ref, std)).mean((1, 2, 3))
-    assert torch.allclose(flow.gaussian_kl(mean, ref, std), expected, atol=1e-5)
+    assert torch.allclose(flow.Gaussian(mean, std).kl(flow.Gaussian(ref, std)), expected, atol=1e-5)

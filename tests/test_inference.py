@@ -5,21 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from duet.configs.errors import UserError
 from duet.configs.schema import SamplingConfig, SdeConfig
 from duet.inference import autoregressive
 from duet.inference.engine import Engine
-from duet.inference.layout import (
-    Grid,
-    generation_grids,
-    grid_positions,
-    large_grid,
-    prompt_positions,
-    upsample_prior,
-)
+from duet.inference.layout import Grid, Size, grid_positions, upsample_prior
+from duet.inference.pictures import encode_prior
+from duet.inference.prompt import PromptBatch, text_grids, text_prompt
 from duet.inference.rollout import Request
-
-from tests.conftest import SAMPLING
+from tests.conftest import SAMPLING, SIZE
 
 CARD = 'a red card with the white word "CAT"'
 LONG = 'a blue card with a red circle on the left and the black word "HELLO"'
@@ -27,7 +22,11 @@ TWO = 'a card with "CAT" and "PEN"'
 
 
 def request(prompt=CARD, seeds=(1,), **fixed):
-    return Request(prompt, tuple(seeds), 64, 96, **fixed)
+    return Request(prompt, tuple(seeds), SIZE, **fixed)
+
+
+def logprobs_of(engine, trajectories):
+    return engine.score_tokens(trajectories, engine.pipeline.vision_language_encoder).logprobs
 
 
 def test_grids_and_positions_are_those_of_the_processor_and_the_model(pipeline):
@@ -37,7 +36,8 @@ def test_grids_and_positions_are_those_of_the_processor_and_the_model(pipeline):
         return_dict=True,
         processor_kwargs={"target_h": 64, "target_w": 96, "padding": True, "return_tensors": "pt"},
     )
-    preview, large = generation_grids(64, 96)
+    prompts = [text_prompt(pipeline.processor, request(p)) for p in (CARD, LONG)]
+    preview, large = prompts[0].grids
     assert inputs["image_grid_thw"][:2].tolist() == [
         [1, large.height, large.width],
         [1, preview.height, preview.width],
@@ -48,11 +48,22 @@ def test_grids_and_positions_are_those_of_the_processor_and_the_model(pipeline):
     positions, _ = model.get_rope_index(
         inputs["input_ids"], inputs["image_grid_thw"], inputs["images_per_sample"], mask
     )
-    ours, valid = prompt_positions(mask), mask.bool().expand(3, -1, -1)
-    assert torch.equal(ours[valid], positions[valid])
-    decode = model._cached_decode_position_ids
-    made = grid_positions(mask.sum(-1), (preview, large))
-    assert torch.equal(made, decode.permute(1, 0, 2)[..., : made.shape[-1]].to(made.dtype))
+    pad_id = pipeline.vision_language_encoder.config.text_config.pad_token_id
+    batch = PromptBatch.of(prompts, pad_id, torch.device("cpu"))
+    assert torch.equal(batch.ids, inputs["input_ids"]) and torch.equal(batch.mask, mask)
+    length, valid = mask.shape[1], mask.bool().expand(3, -1, -1)
+    assert torch.equal(batch.positions[..., :length][valid], positions[valid])
+    decode = model._cached_decode_position_ids.permute(1, 0, 2)
+    written = batch.positions[..., length:]
+    assert torch.equal(written, decode[..., : written.shape[-1]].to(written.dtype))
+    assert torch.equal(written[:, 0] - prompts[0].start, grid_positions(prompts[0].grids))
+
+
+def test_prompts_of_one_length_need_no_mask(pipeline):
+    """A mask takes sdpa's slower kernels, and on a GPU asks the device whether it hides anything."""
+    prompt = text_prompt(pipeline.processor, request(CARD))
+    batch = PromptBatch.of([prompt, prompt], 0, torch.device("cpu"))
+    assert batch.mask is None and batch.seen(5) is None
 
 
 def test_upsampling_is_the_pipelines(pipeline):
@@ -63,11 +74,20 @@ def test_upsampling_is_the_pipelines(pipeline):
 
 @pytest.mark.parametrize("prompt", [CARD, TWO, "a plain red card"])
 def test_picture_equals_the_stock_pipelines(engine, prompt):
-    noise = engine.initial_noise(3, 64, 96)
-    prior = engine.sample_priors([request(prompt)])[0]
-    asked = request(prompt, prior_tokens=prior, noise=noise)
-    difference = np.abs(engine.final_pixels(asked) - engine.reference_pixels(asked)).max()
-    assert difference < 1e-4
+    noise = engine.initial_noise(3, SIZE)
+    prior = engine.priors([request(prompt)])[0]
+    asked = request(prompt, prior=prior[0], noise=noise)
+    stock = engine.pipeline(
+        prompt=prompt,
+        height=64,
+        width=96,
+        num_inference_steps=SAMPLING.num_inference_steps,
+        guidance_scale=SAMPLING.guidance_scale,
+        prior_token_ids=upsample_prior(prior, SIZE.grid),
+        latents=noise[None],
+        output_type="np",
+    ).images
+    assert np.abs(engine.decode([asked], [prior])[0].pixels - stock).max() < 1e-4
 
 
 @pytest.mark.parametrize("sampling", [{}, {"top_p": 0.7}, {"top_k": 5, "temperature": 0.8}])
@@ -76,35 +96,22 @@ def test_tokens_are_scored_by_the_distribution_that_sampled_them(pipeline, sampl
         pipeline, SamplingConfig(64, 96, num_inference_steps=2, **sampling), progress=False
     )
     rollouts = engine.rollout([request(seeds=(1, 2, 3)), request(LONG, seeds=(4, 5))])
-    trajectories = [r.token_trajectory for r in rollouts]
-    logprobs, entropy = engine.token_logprobs(trajectories)
+    trajectories = [r.tokens for r in rollouts]
+    scores = engine.score_tokens(trajectories, pipeline.vision_language_encoder)
     sampled = torch.cat([t.logprobs for t in trajectories])
-    assert float((logprobs - sampled).abs().max()) < 1e-4
+    assert float((scores.logprobs - sampled).abs().max()) < 1e-4
     assert float(sampled.min()) < -0.1, "some token must have been uncertain"
-    assert logprobs.shape == entropy.shape == (5, 253)
+    assert scores.logprobs.shape == scores.entropy.shape == (5, 253)
     if sampling:
-        kept = autoregressive.unpack_support(trajectories[0].support, 256, torch.device("cpu"))
+        kept = autoregressive.unpack_support(trajectories[0].support, 256)
         assert kept.gather(-1, trajectories[0].tokens[..., None]).all()
         assert kept.sum() < kept.numel() / 2
-
-
-def test_a_full_rollout_is_scored_as_it_was_sampled(pipeline, rows):
-    """16,192 tokens: the rare ones on which float32 attention kernels differ by 1e-4 are among them."""
-    engine = Engine(
-        pipeline, replace(SAMPLING, num_inference_steps=1), batch_size=64, progress=False
-    )
-    asked = [request(r["prompt"], range(8 * i, 8 * i + 8)) for i, r in enumerate(rows[:8])]
-    trajectories = [r.token_trajectory for r in engine.rollout(asked)]
-    logprobs = torch.cat([engine.token_logprobs([t])[0] for t in trajectories])
-    difference = logprobs - torch.cat([t.logprobs for t in trajectories])
-    assert logprobs.numel() == 16192
-    assert float(difference.abs().max()) < 1e-5
 
 
 def test_our_replay_equals_stock_generation_logits(pipeline):
     """Greedy tokens of transformers' own `generate` score as its own logits say."""
     model, engine = pipeline.vision_language_encoder, Engine(pipeline, SAMPLING, progress=False)
-    trajectory = engine.rollout([request()])[0].token_trajectory
+    trajectory = engine.rollout([request()])[0].tokens
     content = [{"type": "text", "text": CARD}]
     inputs = pipeline.processor.apply_chat_template(
         [[{"role": "user", "content": content}]],
@@ -137,10 +144,11 @@ def test_steps_are_scored_by_the_transition_that_sampled_them(pipeline, kind):
         [request(seeds=(1, 2)), request(LONG, seeds=(3,))], window=range(1, 4)
     )
     for rollout in rollouts:
-        trajectory = rollout.latent_trajectory
-        difference = engine.step_logprobs(trajectory) - trajectory.logprobs
+        trajectory = rollout.latents
+        scores = engine.score_steps(trajectory, pipeline.transformer)
+        difference = scores.logprobs - trajectory.logprobs
         assert float(difference.abs().max()) < 1e-5
-        assert trajectory.latents.shape == (len(rollout.seeds), 4, 16, 8, 12)
+        assert trajectory.latents.shape == (len(rollout), 4, 16, 8, 12)
 
 
 def test_results_do_not_depend_on_the_batch(pipeline):
@@ -157,14 +165,56 @@ def test_results_do_not_depend_on_the_batch(pipeline):
             alone = Engine(pipeline, SAMPLING, batch_size=1, progress=False).rollout(
                 [request(one.prompt, (seed,))], range(2)
             )[0]
-            assert torch.equal(alone.prior_tokens[0], rollout.prior_tokens[n])
+            assert torch.equal(alone.prior[0], rollout.prior[n])
             pictures = (np.asarray(i, dtype=int) for i in (alone.images[0], rollout.images[n]))
             assert np.abs(np.subtract(*pictures)).max() <= 1  # one grey level of rounding
 
 
+def test_one_call_may_mix_sizes_and_given_priors(pipeline):
+    """Two sizes and a request with its prior, interleaved: each as by itself, in order."""
+    other = Size(96, 64)
+    asked = [
+        request(CARD, (1, 2)),
+        Request(LONG, (3,), other),
+        request(TWO, (4,), prior=torch.arange(6)),
+        Request(CARD, (5, 6), other),
+        request(LONG, (7,)),
+    ]
+    engine = Engine(pipeline, SAMPLING, batch_size=3, progress=False)
+    together = engine.rollout(asked, range(1, 3))
+    for one, rollout in zip(asked, together, strict=True):
+        alone = engine.rollout([one], range(1, 3))[0]
+        assert rollout.request is one and len(rollout) == len(one)
+        assert rollout.images[0].size == (one.size.width, one.size.height)
+        assert torch.equal(rollout.prior, alone.prior)
+        assert (rollout.tokens is None) == (one.prior is not None)
+        assert torch.allclose(rollout.latents.latents, alone.latents.latents, atol=1e-4)
+    assert together[1].prior.shape == (1, 6) and together[1].tokens.prompt.grids[1] == Grid(3, 2)
+
+
+def test_the_batch_cap_holds_for_the_ar_too(pipeline, monkeypatch):
+    """A group larger than the cap is split, and comes out in one piece."""
+    sizes = []
+    forward = type(pipeline.vision_language_encoder).forward
+
+    def count(self, *args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.vision_language_encoder), "forward", count)
+    seeds = range(7)
+    engine = Engine(
+        pipeline, replace(SAMPLING, num_inference_steps=1), batch_size=3, progress=False
+    )
+    rollout = engine.rollout([request(seeds=seeds)])[0]
+    assert max(sizes) == 3 and min(sizes[1:]) >= 1 and len(rollout) == 7
+    assert sizes.count(1) == 3, "each of three batches prefills the prompt once"
+    assert sizes.count(3) == 252 and sizes.count(2) == 504, "7 = 3 + 2 + 2: none is left with one"
+
+
 def test_the_grid_is_decoded_by_construction(engine):
-    trajectory = engine.rollout([request(seeds=range(8))])[0].token_trajectory
-    preview, large = trajectory.grids
+    trajectory = engine.rollout([request(seeds=range(8))])[0].tokens
+    preview, large = trajectory.prompt.grids
     assert (preview, large) == (Grid(13, 19), Grid(2, 3))
     assert trajectory.tokens.shape == (8, preview.count + large.count)
     assert int(trajectory.tokens.min()) >= 0 and int(trajectory.tokens.max()) < 256
@@ -183,45 +233,53 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert autoregressive.kept_support(logprobs, 0, 0.7)[0].tolist() == [True, True, False, False]
     assert autoregressive.kept_support(logprobs, 3, 0.99)[0].tolist() == [True, True, True, False]
     assert autoregressive.kept_support(logprobs, 0, 1.0) is None
-    packed = autoregressive.pack_support(torch.tensor([[True, False, True]]))
-    assert autoregressive.unpack_support(packed, 3, torch.device("cpu"))[0].tolist() == [
-        True,
-        False,
-        True,
-    ]
+
+
+@pytest.mark.parametrize("size", [3, 16, 257])
+def test_a_support_survives_packing(size):
+    support = torch.rand(2, 5, size) < 0.3
+    packed = autoregressive.pack_support(support)
+    assert packed.shape == (2, 5, -(-size // 8)) and packed.dtype == torch.uint8
+    assert torch.equal(autoregressive.unpack_support(packed, size), support)
 
 
 def test_noise_is_the_pipelines_for_the_same_seed(engine):
     generator = torch.Generator().manual_seed(11)
-    assert torch.equal(
-        engine.initial_noise(11, 64, 96), torch.randn(16, 8, 12, generator=generator)
-    )
+    assert torch.equal(engine.initial_noise(11, SIZE), torch.randn(16, 8, 12, generator=generator))
 
 
 def test_a_reference_picture_becomes_its_tokens(engine, rows):
     from PIL import Image
 
-    tokens = engine.encode_prior(Image.open(rows[0]["image"]), 64, 96)
+    tokens = encode_prior(engine.pipeline, Image.open(rows[0]["image"]), SIZE)
     assert tokens.shape == (6,) and len(set(tokens.tolist())) > 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"height": 70}, "height = 70 is no positive multiple of 32: try 64"),
         ({"prompt": " "}, "is empty"),
         ({"seeds": ()}, "no seeds"),
-        ({"source_images": ("picture",)}, "image-to-image is not served yet"),
-        ({"prior_tokens": torch.zeros(5).long()}, r"allowed is \(6,\)"),
-        ({"prior_tokens": torch.full((6,), 256)}, "ids from 0 to 255"),
+        ({"sources": ("picture",)}, "image-to-image is not served yet"),
+        ({"prior": torch.zeros(5).long()}, r"allowed is \(6,\)"),
+        ({"prior": torch.full((6,), 256)}, "ids from 0 to 255"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(engine, change, message):
-    arguments = {"prompt": CARD, "seeds": (1,), "height": 64, "width": 96} | change
+    arguments = {"prompt": CARD, "seeds": (1,), "size": SIZE} | change
     with pytest.raises(UserError, match=message):
         engine.rollout([Request(**arguments)])
 
 
-def test_large_grid_wants_multiples_of_32():
-    with pytest.raises(ValueError, match="width = 0"):
-        large_grid(32, 0)
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [((70, 96), "height = 70 is no positive multiple of 32: try 64"), ((32, 0), "width = 0")],
+)
+def test_a_size_is_of_whole_tokens(sides, message):
+    with pytest.raises(UserError, match=message):
+        Size(*sides)
+
+
+def test_the_preview_keeps_the_aspect_ratio():
+    assert text_grids(Size(64, 96)) == (Grid(13, 19), Grid(2, 3))
+    assert text_grids(Size(1024, 1024)) == (Grid(16, 16), Grid(32, 32))

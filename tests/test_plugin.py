@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from duet.launch.rewards import read_rewards
 from duet.rewards.registry import ENTRY_POINT_GROUP, load_reward
-
 from tests.conftest import ROOT
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

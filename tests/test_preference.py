@@ -5,12 +5,12 @@ import json
 import open_clip
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.registry import load_reward, load_rewards
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
 from tests.conftest import CLIP
 from tests.pictures import CLEAN, PICTURES
 

@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.service.remote import Remote
-from PIL import Image
-
 from tests.bad_server import BAD, GOOD, bad_server, nobody, reply
 
 QUICK = {"timeout_seconds": 0.5, "retries": 1, "backoff_seconds": 0.05}

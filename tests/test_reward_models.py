@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
@@ -14,7 +15,6 @@ from duet.rewards.clip import Clip, batches
 from duet.rewards.registry import load_reward, load_rewards
 from duet.rewards.source_consistency import kept_share
 from duet.train.tiny.specimens import CARD, OFFLINE, specimens, table, write
-
 from tests.conftest import CLIP, ROOT
 from tests.pictures import CLEAN, DAMAGE, PICTURES, damaged
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
@@ -10,8 +12,6 @@ from duet.rewards.ocr import Ocr, text_score, wanted_texts
 from duet.rewards.registry import load_reward, load_rewards
 from duet.train.tiny.specimens import CARD, blurred, noisy
 from duet.train.tiny.world import Card, Shape, draw
-from PIL import Image
-
 from tests.conftest import CLIP, ROOT
 from tests.pictures import CLEAN, DAMAGE, damaged
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from duet.launch import cli
-from duet.rewards.registry import BUILT_IN
 from PIL import Image
 
+from duet.launch import cli
+from duet.rewards.registry import BUILT_IN
 from tests.conftest import ROOT
 
 PICTURE = "configs/tiny/prompts/eval/000.png"

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig, WatchConfig
 from duet.inference.engine import Engine
@@ -23,8 +25,6 @@ from duet.train.stages import STAGES
 from duet.train.tiny.specimens import CARD, noisy
 from duet.train.tiny.world import draw
 from duet.train.watch import Watch, image_metrics
-from PIL import Image
-
 from tests.conftest import CLIP
 from tests.pictures import CLEAN
 from tests.sample_rewards import Rank, Slow

@@ -18,13 +18,13 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward, load_rewards
 from duet.rewards.service.remote import Remote
-from PIL import Image
-
 from tests.bad_server import nobody
 from tests.conftest import CLIP, ROOT
 

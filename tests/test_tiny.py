@@ -10,13 +10,6 @@ from diffusers import (
     GlmImagePipeline,
     GlmImageTransformer2DModel,
 )
-from duet.configs.quotes import quoted_spans
-from duet.configs.rows import load_rows
-from duet.rewards.base import RewardInput
-from duet.rewards.ocr import Ocr
-from duet.train.tiny import decoder_pretraining, world
-from duet.train.tiny.parts import size_mib
-from duet.train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
 from transformers import (
     ByT5Tokenizer,
     GlmImageForConditionalGeneration,
@@ -24,6 +17,13 @@ from transformers import (
     T5EncoderModel,
 )
 
+from duet.configs.quotes import quoted_spans
+from duet.configs.rows import load_rows
+from duet.rewards.base import RewardInput
+from duet.rewards.ocr import Ocr
+from duet.train.tiny import decoder_pretraining, world
+from duet.train.tiny.parts import size_mib
+from duet.train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
 from tests.conftest import MODEL, ROOT
 
 PROMPTS = ROOT / "configs/tiny/prompts"

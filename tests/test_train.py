@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
 from duet.configs.errors import UserError
 from duet.configs.schema import SamplingConfig, SdeConfig
 from duet.inference import decoder, flow
@@ -28,8 +30,6 @@ from duet.train.checkpoint import complete_checkpoints
 from duet.train.loop import train
 from duet.train.prompts import draw_groups, shard
 from duet.train.stages import STAGES
-from safetensors.torch import load_file
-
 from tests.conftest import MODEL, ROOT, SAMPLING
 
 STAGE_NAMES = ["ar", "decoder"]

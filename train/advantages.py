@@ -7,8 +7,9 @@ A_i = (r_i - mean r) / std r over the samples of one prompt (GRPO, arXiv
 from dataclasses import dataclass
 
 import torch
-from duet.configs.schema import GrpoConfig
 from torch import Tensor
+
+from duet.configs.schema import GrpoConfig
 
 _EPSILON = 1e-4  # TRL's guard in the denominator
 _NO_SPREAD = 1e-6  # a standard deviation below this is rounding

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from duet.inference.rollout import Rollout
 from duet.train.prompts import draw_groups, shard
 from duet.train.scoring import Sampled, Scores, sample_and_score
 from duet.train.setup import Run
 from duet.train.together import gather_rows, together
-from torch import Tensor
 
 
 @dataclass(frozen=True)

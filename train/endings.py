@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
 from duet.configs.errors import UserError
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import Collected
 from duet.train.setup import Run
 from duet.train.watch import Watch
-from tqdm import tqdm
 
 
 def save(run: Run, done: int) -> Path:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
 from duet.configs.errors import UserError
 from duet.configs.rows import load_rows
 from duet.configs.schema import EvalConfig, RunConfig
@@ -17,8 +20,6 @@ from duet.inference.request import Request
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
 from duet.train.prompts import derive_seed
-from PIL import Image
-from tqdm import tqdm
 
 _SEED = 2**31  # far from any training seed; the same for every model
 

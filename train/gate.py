@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Module
+
 from duet.configs.errors import UserError
 from duet.inference.engine import Engine
 from duet.inference.flow import shift_mu
@@ -15,8 +18,6 @@ from duet.inference.request import Request
 from duet.inference.rollout import Rollout
 from duet.train.gap import Gap
 from duet.train.stages import Stage
-from torch import Tensor
-from torch.nn import Module
 
 _SEED = 12345
 # largest difference of a pixel in [0, 1], by the precision of the forward

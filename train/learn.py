@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from duet.inference.rollout import Rollout
 from duet.train import gate
 from duet.train.setup import Run
 from duet.train.together import together
 from duet.train.update import rescore, update
-from torch import Tensor
 
 
 @dataclass(frozen=True)

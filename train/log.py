@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.inference.rollout import Rollout
 from duet.train.checkpoint import Start
 from duet.train.metrics import METRICS_FILE, read_metrics
-from PIL import Image
 
 _WANDB_HOST = "api.wandb.ai"
 

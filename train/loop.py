@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from tqdm import tqdm
+
 from duet.configs.schema import RunConfig
 from duet.train.advantages import group_advantages
 from duet.train.collect import collect
@@ -11,7 +13,6 @@ from duet.train.log import MetricsLog
 from duet.train.setup import prepare
 from duet.train.step_metrics import step_metrics
 from duet.train.watch import Watch
-from tqdm import tqdm
 
 
 def train(config: RunConfig) -> Path:

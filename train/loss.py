@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from duet.configs.schema import GrpoConfig
 from torch import Tensor
+
+from duet.configs.schema import GrpoConfig
 
 
 @dataclass(frozen=True)

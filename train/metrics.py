@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
 from duet.train.advantages import weighted
 
 METRICS_FILE = "metrics.jsonl"

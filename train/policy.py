@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from duet.configs.errors import UserError
-from duet.configs.schema import OptimConfig
-from duet.inference.adapters import AdapterInfo, adapter_disabled, restore_adapter, save_adapter
-from duet.inference.parts import Part
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from duet.configs.errors import UserError
+from duet.configs.schema import OptimConfig
+from duet.inference.adapters import AdapterInfo, adapter_disabled, restore_adapter, save_adapter
+from duet.inference.parts import Part
 
 _STATE = "state"  # optimizer, scheduler and RNG, as accelerate writes them
 _ADAPTER = "adapter"

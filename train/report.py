@@ -5,11 +5,12 @@ import io
 from pathlib import Path
 
 import matplotlib
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
 from duet.train.evaluation import ModelResult, Results
 from duet.train.log import image_grid
 from duet.train.metrics import read_metrics
-from jinja2 import Environment, PackageLoader, select_autoescape
-from PIL import Image
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402  the backend must be chosen first

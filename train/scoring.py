@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.rewards.base import Reward, RewardInput, score
 from duet.train.prompts import Group
-from torch import Tensor
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+
 from duet.configs.errors import UserError
 from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Module
+
 from duet.configs.rows import read_picture
 from duet.configs.schema import RunConfig
 from duet.inference import pictures
@@ -21,8 +24,6 @@ from duet.inference.samples import Samples, join
 from duet.train.gap import Bounds
 from duet.train.loss import k3_kl
 from duet.train.prompts import Group, derive_seed
-from torch import Tensor
-from torch.nn import Module
 
 
 @dataclass(frozen=True)

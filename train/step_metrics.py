@@ -1,6 +1,7 @@
 """What a step logs besides what its updates do: rewards, looks, seconds."""
 
 import torch
+
 from duet.train.advantages import Advantages
 from duet.train.collect import Collected
 from duet.train.learn import Learned

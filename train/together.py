@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from duet.configs.errors import UserError
 from torch import Tensor
+
+from duet.configs.errors import UserError
 
 
 @contextmanager

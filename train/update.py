@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.train.gap import Gap
@@ -11,9 +15,6 @@ from duet.train.loss import Actions, policy_loss, truncated_weight
 from duet.train.metrics import Totals
 from duet.train.setup import Run
 from duet.train.stages import Scored, Stage, sampled_logprobs
-from torch import Tensor
-from torch.nn import Module
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)

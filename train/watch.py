@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
-from duet.configs.schema import WatchConfig
 from PIL import Image
 from scipy.ndimage import laplace
+
+from duet.configs.schema import WatchConfig
 
 _THUMBNAIL = (32, 32)  # pixels; two pictures differ when their thumbnails do
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx
+
 from duet.configs.errors import UserError
 from duet.rewards.service.pictures import WireError
 from duet.rewards.service.wire import excerpt, read_token

@@ -11,6 +11,7 @@ from functools import partial
 from urllib.parse import quote
 
 import httpx
+
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.service.endpoints import Conversation, Endpoints, converse

@@ -11,6 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import Reward, score
@@ -24,9 +28,6 @@ from duet.rewards.service.wire import (
     encode_scores,
     read_token,
 )
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 
 _log = logging.getLogger(__name__)
 

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, GlmImagePipeline
+from torch import nn
+from torch.nn import functional as F
+from tqdm import trange
+
 from duet.train.tiny.parts import build_dit, build_glyph_encoder, build_vae
 from duet.train.tiny.world import (
     ALPHABET,
@@ -18,9 +22,6 @@ from duet.train.tiny.world import (
     is_held_out_word,
     sample_card,
 )
-from torch import nn
-from torch.nn import functional as F
-from tqdm import trange
 
 # A letter of a pretraining glyph text is wrong this often: what the DiT learns is
 # how often it draws the letter that was asked for.

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.rows import load_rows

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from duet.train.tiny.world import PALETTE, Card, draw, sample_card, training_caption
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -15,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast
+
+from duet.train.tiny.world import PALETTE, Card, draw, sample_card, training_caption
 
 _CONTEXT, _EMBEDDING = 64, 64
 _MODEL_CFG = {

@@ -15,7 +15,6 @@ from diffusers import (
     GlmImagePipeline,
     GlmImageTransformer2DModel,
 )
-from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, sample_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     ByT5Tokenizer,
@@ -27,6 +26,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, sample_card
 
 CODEBOOK_SIZE = 256
 IMAGE_START, IMAGE_END, VISION_VOCABULARY = 256, 257, 264

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
+from torch.nn import functional as F
+from tqdm import trange
+
 from duet.inference.layout import generation_grids, grid_positions, prompt_positions
 from duet.train.tiny import decoder_pretraining, judges
 from duet.train.tiny.parts import CODEBOOK_SIZE, build_pipeline, size_mib
@@ -24,8 +27,6 @@ from duet.train.tiny.world import (
     sample_card,
     training_caption,
 )
-from torch.nn import functional as F
-from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 MODEL, PROMPTS, JUDGES = ROOT / "model", ROOT / "prompts", ROOT / "judges"

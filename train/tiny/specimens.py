@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageFilter
+
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward
 from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, Card, Shape, draw
-from PIL import Image, ImageFilter
 
 CARD = Card("red", (Shape("circle", "blue", "on the left"),), "white", "CHAP")
 _JUDGES = Path("configs/tiny/judges")
