@@ -90,8 +90,8 @@ class ArStage:
         """Cached and full attention round differently; through d residual layers that adds up
         like a random walk, sqrt(d) times the dtype's epsilon.
 
-        Measured on the tiny model (3 layers), worst group: 3.9 of that in float32, 1.1 in
-        bfloat16, where the mildest broken engine has 3.1 and the others 5 or more (RESULTS.md).
+        Measured on the tiny model (3 layers), worst of 24 groups: 4.8 of that in float32, 1.4
+        in bfloat16, where broken engines have 3.3 to 90 (configs/tiny/RESULTS.md).
         """
         depth = self.engine.pipeline.vision_language_encoder.config.text_config.num_hidden_layers
         unit = torch.finfo(getattr(torch, precision)).eps * math.sqrt(depth)
