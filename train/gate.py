@@ -131,22 +131,28 @@ def check_gap(stage: Stage, rollouts: Sequence[Rollout], rescored: Tensor, preci
     """What trains is what sampled: `rescored`, [B, T] by the training forward at the update's
     batch geometry, differs from the sampler's log-probs by no more than rounding, in any group.
     """
-    bounds = stage.bounds(precision)
-    worst, text = None, ""
-    start = 0
+    bounds, start = stage.bounds(precision), 0
+    groups: list[_Group] = []
     for rollout in rollouts:
         own = rescored[start : start + len(rollout)]
+        groups.append(_Group(rollout.request.prompt, Gap.of(own, stage.sampled(rollout))))
         start += len(rollout)
-        gap = Gap.of(own, stage.sampled(rollout))
-        broken = bounds.broken(gap)
-        if broken and (worst is None or not gap.mean <= worst.mean):
-            worst = gap
-            text = f"{'; '.join(broken)} for prompt {rollout.request.prompt!r} ({gap})"
-    if worst is None:
+    refused = [group for group in groups if bounds.broken(group.gap)]
+    if not refused:
         return
-    if math.isnan(worst.mean):
-        _refuse(f"log-probs are NaN or infinite for {text.partition(' for ')[2]}")
-    _refuse(f"the ratio is not 1: log-probs of the training forward are not the sampler's: {text}")
+    worst = max(refused, key=lambda g: math.inf if math.isnan(g.gap.mean) else g.gap.mean)
+    if math.isnan(worst.gap.mean):
+        _refuse(f"log-probs are NaN or infinite for prompt {worst.prompt!r}")
+    _refuse(
+        "the ratio is not 1: log-probs of the training forward are not the sampler's: "
+        f"{'; '.join(bounds.broken(worst.gap))} for prompt {worst.prompt!r} ({worst.gap})"
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    prompt: str
+    gap: Gap
 
 
 def _refuse(reason: str) -> None:

@@ -169,7 +169,7 @@ def train_dit(
         group = pool[rng.choices(lengths, weights)[0]]  # one word length a batch: no padding
         pick = torch.randint(len(group["words"]), (batch,))
         x0, prior = group["latents"][pick], group["prior"][pick]
-        words = [_misspelt(group["words"][i], rng) for i in pick.tolist()]
+        words = [misspelt(group["words"][i], rng) for i in pick.tolist()]
         dropped = rng.random() < 0.1  # the unconditional branch of guidance
         glyphs = encoder(torch.tensor(pipeline.tokenizer([""] if dropped else words).input_ids))
         glyphs = glyphs.last_hidden_state.expand(batch, -1, -1)
@@ -200,7 +200,7 @@ def train_dit(
     averaged_encoder.save_pretrained(model_folder / "text_encoder")
 
 
-def _misspelt(word: str, rng: random.Random) -> str:
+def misspelt(word: str, rng: random.Random) -> str:
     """Each letter replaced with probability LETTER_NOISE, never by a held-out word."""
     while True:
         said = "".join(rng.choice(ALPHABET) if rng.random() < LETTER_NOISE else c for c in word)

@@ -16,7 +16,9 @@ from diffusers import GlmImagePipeline
 from torch.nn import functional as F
 from tqdm import trange
 
-from duet.inference.layout import generation_grids, grid_positions, prompt_positions
+from duet.inference.layout import Size
+from duet.inference.prompt import PromptBatch, text_grids, text_prompt
+from duet.inference.request import Request
 from duet.train.tiny import decoder_pretraining, judges
 from duet.train.tiny.parts import CODEBOOK_SIZE, build_pipeline, size_mib
 from duet.train.tiny.world import (
@@ -30,7 +32,8 @@ from duet.train.tiny.world import (
 
 ROOT = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 MODEL, PROMPTS, JUDGES = ROOT / "model", ROOT / "prompts", ROOT / "judges"
-GRIDS = generation_grids(HEIGHT_PIXELS, WIDTH_PIXELS)
+SIZE = Size(HEIGHT_PIXELS, WIDTH_PIXELS)
+GRIDS = text_grids(SIZE)
 _PREVIEW_SIZE = GRIDS[0].width * 32, GRIDS[0].height * 32
 
 # A colour word of a pretraining caption is wrong this often, as captions of the
@@ -127,13 +130,12 @@ def train_ar(seed: int = 1, cards: int = 4000, steps: int = 2000, batch: int = 3
         drawn = rng.choices(pool, k=batch)
         prompts = [training_caption(card, rng, CAPTION_NOISE) for card, _ in drawn]
         codes = torch.stack([c for _, c in drawn])  # [B, T]
-        inputs = _chat_inputs(pipeline.processor, prompts)
-        mask = inputs["attention_mask"]
-        positions = torch.cat([prompt_positions(mask), grid_positions(mask.sum(-1), GRIDS)], dim=-1)
+        asked = [text_prompt(pipeline.processor, Request(p, (0,), SIZE)) for p in prompts]
+        read = PromptBatch.of(asked, model.config.text_config.pad_token_id, codes.device)
         output = model(
-            input_ids=torch.cat([inputs["input_ids"], codes], dim=-1)[:, :-1],
-            attention_mask=torch.cat([mask, torch.ones_like(codes)], dim=-1)[:, :-1],
-            position_ids=positions[:, :, :-1],
+            input_ids=torch.cat([read.ids, codes], dim=-1)[:, :-1],
+            attention_mask=read.seen(codes.shape[1] - 1),
+            position_ids=read.positions[..., :-1],
             logits_to_keep=codes.shape[1],
         )
         losses = F.cross_entropy(output.logits.transpose(1, 2), codes, reduction="none")
@@ -159,21 +161,6 @@ def _token_weights() -> torch.Tensor:
     weights = torch.cat([rows.flatten(), torch.full((large.count,), 20.0)])
     weights[0] = 20.0  # the first token tells the background
     return weights
-
-
-def _chat_inputs(processor, prompts: list[str]):
-    messages = [[{"role": "user", "content": [{"type": "text", "text": p}]}] for p in prompts]
-    return processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={
-            "target_h": HEIGHT_PIXELS,
-            "target_w": WIDTH_PIXELS,
-            "padding": True,
-            "return_tensors": "pt",
-        },
-    )
 
 
 def write_prompts(seed: int = 5, train: int = 256, evaluation: int = 96) -> None:

@@ -1,0 +1,123 @@
+"""The gate: the right engine passes in both precisions, every broken one is refused."""
+
+import math
+
+import pytest
+import torch
+
+from duet.configs.errors import UserError
+from duet.inference import decoder, flow
+from duet.inference import engine as engine_module
+from duet.train import gate
+from duet.train.gap import Gap
+from duet.train.stages import sampled_logprobs
+from duet.train.tiny.gaps import (
+    BREAKAGES,
+    PRECISIONS,
+    make_bench,
+    rescored,
+    right,
+    verdict,
+    wrong_timestep,
+)
+from tests.conftest import SIZE
+
+CARD = 'a red card with "CAT"'
+STAGES = list(BREAKAGES)
+
+
+@pytest.fixture(scope="module")
+def benches():
+    made = {}
+
+    def get(stage: str, precision: str):
+        if (stage, precision) not in made:
+            made[stage, precision] = make_bench(stage, precision, "rollout.prompts_per_step=3")
+        return made[stage, precision]
+
+    return get
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_right_engine_passes(benches, stage, precision):
+    bench = benches(stage, precision)
+    again = rescored(bench)
+    assert verdict(bench, right, again) == "passes"
+    gap = Gap.of(again, sampled_logprobs(bench.stage, bench.rollouts, again.device))
+    assert gap.effective_sample_size > 0.98
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("stage", "breakage"), [(s, b) for s in STAGES for b in BREAKAGES[s]])
+def test_a_broken_replay_is_refused(benches, stage, breakage, precision):
+    bench = benches(stage, precision)
+    told = verdict(bench, breakage, rescored(bench, breakage))
+    assert told.startswith("refuses: the ratio is not 1") or breakage is wrong_timestep
+    assert told.startswith("refuses")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_timestep_that_is_wrong_everywhere_is_refused(benches, precision):
+    """Sampling and scoring agree then: only the stock pipeline tells, and not by its pixels alone."""
+    bench = benches("decoder", precision)
+    with wrong_timestep(bench), pytest.raises(UserError, match="timestep differs .* by 1 in"):
+        gate.check_reference(bench.stage.engine, CARD, SIZE, bench.config.arithmetic.precision)
+
+
+def test_the_worst_group_is_told_and_nan_as_nan(benches):
+    bench = benches("ar", "float32")
+    again = rescored(bench)
+    size = len(bench.rollouts[0])
+    again[size : 2 * size] += 0.01
+    again[2 * size :] += 0.02
+    worst = bench.rollouts[2].request.prompt
+    with pytest.raises(UserError, match=f"the ratio is not 1: .*for prompt {worst!r}"):
+        gate.check_gap(bench.stage, bench.rollouts, again, "float32")
+    again[size, 3] = torch.nan
+    named = bench.rollouts[1].request.prompt
+    with pytest.raises(UserError, match=f"NaN or infinite for prompt {named!r}"):
+        gate.check_gap(bench.stage, bench.rollouts, again, "float32")
+
+
+def test_one_token_nats_apart_does_not_decide():
+    """In low precision a rare token may part by nats, and the policy be the same."""
+    sampler = -torch.rand(2000, dtype=torch.float64)
+    trainer = sampler + 0.003 * torch.randn(2000, dtype=torch.float64)
+    trainer[7] += 4
+    gap = Gap.of(trainer, sampler)
+    assert gap.max > 3.9 and abs(gap.mean_ratio - 1) < 1e-3 and abs(gap.sharpness) < 2e-3
+
+
+def test_the_figures_of_a_gap_by_hand():
+    trainer, sampler = torch.tensor([0.5, 0.3]).log(), torch.tensor([0.4, 0.4]).log()
+    gap = Gap.of(trainer, sampler)
+    ratios = torch.tensor([1.25, 0.75])
+    assert gap.max == pytest.approx(float(ratios.log().abs().max()))
+    assert gap.mean == pytest.approx(float(ratios.log().abs().mean()))
+    assert gap.effective_sample_size == pytest.approx(4 / (2 * (1.25**2 + 0.75**2)))
+    line = torch.linspace(-3, -1, 200)
+    assert Gap.of(2 * line, line).sharpness == pytest.approx((4 - 1) / (2 * 1.5**2), rel=1e-5)
+    assert Gap.of(line + 0.1, line).mean_ratio == pytest.approx(math.exp(0.1))
+
+
+def test_an_unshifted_schedule_is_refused(engine, monkeypatch):
+    def unshifted(steps, tokens, config):
+        made = flow.make_schedule(steps, tokens, config)
+        return flow.Schedule(made.timesteps, torch.cat([made.timesteps / 1000, torch.zeros(1)]))
+
+    gate.check_schedule(engine, SIZE)
+    monkeypatch.setattr(engine_module, "make_schedule", unshifted)
+    with pytest.raises(UserError, match="refuses to start: the schedule's sigmas"):
+        gate.check_schedule(engine, SIZE)
+
+
+def test_an_engine_that_is_not_the_reference_is_refused(engine, monkeypatch):
+    gate.check_reference(engine, CARD, SIZE, "float32")
+    true = decoder.velocity
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="runs the DiT 6 times"):
+        broken.setattr(decoder, "velocity", lambda d, x, t, g, s: true(d, x, t, g, 1.0))
+        gate.check_reference(engine, CARD, SIZE, "float32")
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="picture differs from"):
+        broken.setattr(decoder, "velocity", lambda d, x, t, g, s: true(d, x, t, g, 1.1 * s))
+        gate.check_reference(engine, CARD, SIZE, "float32")

@@ -1,0 +1,193 @@
+"""The shipped precision: bfloat16 trains, with the real configs' settings, and is one policy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from duet.configs.errors import UserError
+from duet.configs.load import load_config
+from duet.configs.schema import Arithmetic, OptimConfig
+from duet.inference.adapters import AdapterInfo, add_adapter, load_adapter, save_adapter
+from duet.inference.engine import Engine, autocast_dtype
+from duet.inference.generate import choose_arithmetic
+from duet.inference.model import STOCK_GENERATION, generation_defaults, load_pipeline
+from duet.inference.parts import PARTS
+from duet.inference.request import Request
+from duet.train.evaluation import evaluate
+from duet.train.policy import Policy
+from duet.train.tiny.gaps import SHIPPED, make_bench, rescored
+from tests.conftest import CLIP, MODEL, ROOT, SAMPLING, SIZE, train
+
+STAGES = ["ar", "decoder"]
+BF16 = Arithmetic("bfloat16", "bf16")
+# what must differ at tiny size, and nothing else: files, size, rewards, how long
+TINY = [
+    f"model.path={MODEL}",
+    "data.train=configs/tiny/prompts/train.jsonl",
+    "data.eval=configs/tiny/prompts/eval.jsonl",
+    "sampling.height=64",
+    "sampling.width=96",
+    "rollout.prompts_per_step=2",
+    f"rewards=[{{name: fidelity, args: {{model: '{CLIP}', pretrained: null}}}}]",
+    "train.max_steps=2",
+    "train.trackers=[]",
+]
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_real_configs_settings_train(stage, tmp_path):
+    config = load_config(
+        ROOT / "configs" / "glm_image" / f"{stage}.yaml", [*TINY, f"output_dir={tmp_path / 'run'}"]
+    )
+    assert config.arithmetic == BF16 and config.old_logprobs == "trainer"
+    checkpoint = train(config)
+    for step in metrics(tmp_path / "run"):
+        # one update a rollout: the ratio is 1 to the bit, whatever sampled
+        assert step["ratio/min"] == step["ratio/max"] == 1
+        assert 0.95 < step["sampling/effective_sample_size"] <= 1
+        assert step["sampling/logp_difference/max"] >= step["sampling/logp_difference/mean"] >= 0
+        assert step["grad_norm"] > 0
+    saved = load_file(next((checkpoint / "adapter").glob("*.safetensors")))
+    assert all(v.dtype == torch.float32 for v in saved.values())
+    assert any(v.abs().max() > 0 for k, v in saved.items() if "lora_B" in k), "it must learn"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_ratio_starts_at_one_where_a_rollout_has_several_updates(stage):
+    """The pass before the first update is the update's own forward, bit for bit."""
+    small = ["rollout.prompts_per_step=2", "optim.per_device_train_batch_size=4"]
+    bench = make_bench(stage, "bfloat16", *small)
+    before = rescored(bench)
+    for n, rollout in enumerate(bench.rollouts):
+        for half in (0, 4):
+            scored = bench.stage.score([rollout.select(range(half, half + 4))], bench.module)
+            assert scored.logprobs.requires_grad
+            assert torch.equal(scored.logprobs, before[8 * n + half : 8 * n + half + 4])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sampler_and_trainer_log_probs_give_one_update_in_float32(small_run, stage, tmp_path):
+    norms = {}
+    for kind in ("sampler", "trainer"):
+        folder = tmp_path / kind
+        train(
+            small_run(
+                stage, f"grpo.old_logprobs={kind}", f"output_dir={folder}", "train.max_steps=1"
+            )
+        )
+        (first,) = metrics(folder)
+        norms[kind] = first["grad_norm"]
+        assert ("sampling/logp_difference/max" in first) == (kind == "trainer")
+    assert norms["sampler"] == pytest.approx(norms["trainer"], rel=1e-3)
+
+
+def test_whose_log_probs_follows_the_precision(small_run):
+    assert small_run("ar").old_logprobs == "sampler"
+    assert small_run("ar", "model.dtype=bfloat16").old_logprobs == "trainer"
+    assert small_run("ar", "train.mixed_precision=bf16").old_logprobs == "trainer"
+    assert small_run("ar", *SHIPPED, "grpo.old_logprobs=sampler").old_logprobs == "sampler"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_evaluated_is_what_training_sampled_with(stage, tmp_path):
+    """One policy from its weights and its arithmetic: equal pictures and log-probs, to the bit."""
+    AcceleratorState._reset_state(True)
+    part = PARTS[stage]
+    asked = [Request('a red card with the white word "CAT"', (1, 2), SIZE)]
+
+    def made(pipeline, arithmetic):
+        autocast = autocast_dtype(arithmetic)
+        engine = Engine(pipeline, SAMPLING, autocast=autocast, progress=False)
+        return engine.rollout(asked, range(1, 2))[0]
+
+    def same(one, other) -> bool:
+        pictures = zip(one.images, other.images, strict=True)
+        return (
+            all(np.array_equal(a, b) for a, b in pictures)
+            and torch.equal(one.tokens.logprobs, other.tokens.logprobs)
+            and torch.equal(one.latents.logprobs, other.latents.logprobs)
+        )
+
+    trained = load_pipeline(str(MODEL), "bfloat16")
+    module = part.module(trained)
+    add_adapter(module, part, 8, 16.0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    policy = Policy(accelerator, part, module, OptimConfig(), updates=1)
+    with policy.sampling():
+        sampled = made(trained, BF16)
+    save_adapter(module, tmp_path, AdapterInfo(stage, str(MODEL), BF16))
+    loaded = load_pipeline(str(MODEL), "bfloat16")
+    assert load_adapter(loaded, tmp_path).arithmetic == BF16
+    adapter = [p for n, p in part.module(loaded).named_parameters() if "lora_" in n]
+    assert adapter and all(p.dtype == torch.float32 and not p.requires_grad for p in adapter)
+    assert same(made(loaded, BF16), sampled)
+    assert not same(made(loaded, Arithmetic("bfloat16")), sampled), "autocast is part of it"
+    assert choose_arithmetic(None, [str(tmp_path)]) == BF16
+    assert choose_arithmetic("float32", [str(tmp_path)]) == Arithmetic("float32")
+
+
+def test_adapters_of_two_arithmetics_are_not_joined_in_silence(tmp_path):
+    pipeline = load_pipeline(str(MODEL))
+    folders = []
+    for stage, arithmetic in (("ar", BF16), ("decoder", Arithmetic())):
+        part = PARTS[stage]
+        add_adapter(part.module(pipeline), part, 2, 4.0)
+        folders.append(str(tmp_path / stage))
+        (tmp_path / stage).mkdir()
+        info = AdapterInfo(stage, str(MODEL), arithmetic)
+        save_adapter(part.module(pipeline), tmp_path / stage, info)
+    with pytest.raises(UserError, match="give --dtype"):
+        choose_arithmetic(None, folders)
+    config = load_config(ROOT / "configs" / "tiny" / "ar.yaml")
+    with pytest.raises(UserError, match="was trained with 'bfloat16' and 'bf16'"):
+        evaluate(config, [(folders[0],)], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_low_precision_base_resumes_the_very_weights(small_run, stage, tmp_path):
+    common = [*SHIPPED, "optim.lr_scheduler_type=constant", "optim.learning_rate=0.003"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(small_run(stage, *common, f"output_dir={whole}"))
+    train(small_run(stage, *common, f"output_dir={parts}", "train.max_steps=1"))
+    train(small_run(stage, *common, f"output_dir={parts}", "train.resume=latest"))
+    expected, reached = (
+        load_file(next((run / "checkpoint-2" / "adapter").glob("*.safetensors")))
+        for run in (whole, parts)
+    )
+    assert expected.keys() == reached.keys()
+    assert all(torch.equal(value, reached[name]) for name, value in expected.items())
+
+
+def test_half_precision_on_a_cpu_is_refused(small_run):
+    with pytest.raises(UserError, match="'fp16' needs a GPU"):
+        train(small_run("ar", "train.mixed_precision=fp16"))
+
+
+def test_a_config_of_another_precision_does_not_resume(small_run):
+    train(small_run("decoder", "train.max_steps=1"))
+    with pytest.raises(UserError, match="model.dtype = 'bfloat16', but checkpoint"):
+        train(small_run("decoder", "train.resume=latest", *SHIPPED))
+
+
+def test_final_generation_takes_what_stock_would(pipeline):
+    """The checkpoint names temperature and top_p; for top_k stock has a default of its own."""
+    defaults = GenerationConfig()._get_default_generation_params()
+    assert {name: defaults[name] for name in STOCK_GENERATION} == STOCK_GENERATION
+    named = pipeline.vision_language_encoder.generation_config
+    assert named.top_k is None and named.top_p == 0.9
+    found = generation_defaults(pipeline)
+    assert (found["top_k"], found["top_p"], found["height"]) == (50, 0.9, 64)

@@ -1,0 +1,123 @@
+"""Two real processes over gloo: the update of one, unequal work, and ends that all share."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, train
+
+SMALL = [
+    "rollout.prompts_per_step=2",
+    "rollout.num_generations=4",
+    "grpo.num_iterations=1",
+    "optim.per_device_train_batch_size=4",
+    "optim.gradient_accumulation_steps=1",
+    "optim.lr_scheduler_type=constant",
+    "sampling.num_inference_steps=6",
+    "train.trackers=[]",
+    "train.max_steps=1",
+]
+
+
+def two_processes(stage: str, *overrides: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "duet.train", f"configs/tiny/{stage}.yaml", *SMALL, *overrides,
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def weights(run):
+    return load_file(next((run / "checkpoint-1" / "adapter").glob("*.safetensors")))
+
+
+def moments(run) -> torch.Tensor:
+    """Adam's first moments after the first rollout, one vector."""
+    state = torch.load(run / "checkpoint-1" / "state" / "optimizer.bin", weights_only=True)["state"]
+    return torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)])
+
+
+def metrics(run) -> dict:
+    return json.loads((run / "metrics.jsonl").read_text())
+
+
+def assert_one_update(one, two) -> None:
+    """After one step Adam's first moment is a tenth of the gradient."""
+    state = json.loads((two / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["num_processes"] == 2
+    gradient, gradient_of_two = moments(one), moments(two)
+    assert float(gradient.abs().max()) > 0
+    assert torch.allclose(
+        gradient, gradient_of_two, atol=1e-4 * float(gradient.abs().max()), rtol=0
+    )
+
+
+@pytest.mark.parametrize("stage", ["ar", "decoder"])
+def test_two_processes_give_the_update_of_one(small_run, stage, tmp_path):
+    """The same groups are drawn, so one Adam step ends in the same weights."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(
+        small_run(
+            stage, "train.max_steps=1", f"output_dir={one}", "optim.lr_scheduler_type=constant"
+        )
+    )
+    done = two_processes(stage, f"output_dir={two}")
+    assert done.returncode == 0, done.stderr
+    assert_one_update(one, two)
+    # its step is the learning rate times the gradient's sign: where that is not rounding, the same
+    learning_rate = 1e-3
+    single, double = (torch.cat([v.flatten() for v in weights(r).values()]) for r in (one, two))
+    same = (single - double).abs() < 0.02 * learning_rate
+    assert float(same.float().mean()) > 0.99
+    moved = max(float(v.abs().max()) for k, v in weights(one).items() if "lora_B" in k)
+    assert moved == pytest.approx(learning_rate, rel=0.05)
+    for key in ("reward", "reward_std", "ratio/mean"):
+        assert metrics(one)[key] == pytest.approx(metrics(two)[key], abs=1e-6)
+    for key in ("ratio/min", "ratio/max"):  # extremes are one token's rounding
+        assert metrics(one)[key] == pytest.approx(metrics(two)[key], abs=1e-4)
+
+
+def test_unequal_glyph_lengths_do_not_hang_the_others(small_run, tmp_path):
+    """One process has one glyph length, the other three: it runs more forwards an update."""
+    order = np.random.default_rng([0, 0]).permutation(4)  # how the first epoch walks the rows
+    rows = [None] * 4
+    for place, word in enumerate(["CAT", "PEN", "CAT", "HELLO"]):  # places 0, 2 are process 0's
+        rows[order[place]] = {"prompt": f'a red card with the white word "{word}"'}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        f"data.train={data}",
+        "rewards=[{name: duet.train.tiny.hackable.Sharpness}]",
+        "rollout.prompts_per_step=4",
+        "rollout.num_generations=2",
+        "optim.lr_scheduler_type=constant",
+        "train.max_steps=1",
+        "grpo.beta=0.01",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    accumulated = "optim.gradient_accumulation_steps=2"
+    train(small_run("decoder", *common, accumulated, f"output_dir={one}"))
+    done = two_processes("decoder", *common, f"output_dir={two}")
+    assert done.returncode == 0, done.stderr
+    assert_one_update(one, two)
+
+
+def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):
+    start = time.monotonic()
+    reward = "rewards=[{name: tests.bad_rewards.RaisesOnOne}]"
+    done = two_processes("decoder", reward, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    errors = [line for line in done.stderr.splitlines() if "duet: error:" in line]
+    assert any("process 1 ended: reward 'RaisesOnOne' raised" in line for line in errors)
+    assert "exitcode: 2" in done.stderr.replace(" :", ":").replace("exitcode  ", "exitcode")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
