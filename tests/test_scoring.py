@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from duet.configs.errors import UserError
@@ -17,47 +16,52 @@ from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward
 from duet.rewards.view import LOW_FACTOR, Viewed
 from duet.train.checkpoint import complete_checkpoints
-from duet.train.loop import train
 from duet.train.metrics import reward_metrics
 from duet.train.prompts import draw_groups
-from duet.train.scoring import group_batches, sample_and_score
+from duet.train.scoring import Scorer, sample_and_score
 from duet.train.stages import STAGES
 from duet.train.tiny.specimens import CARD, noisy
 from duet.train.tiny.world import draw
 from duet.train.watch import Watch, image_metrics
-from tests.conftest import CLIP
+from tests.conftest import CLIP, train
 from tests.pictures import CLEAN
-from tests.sample_rewards import Rank, Slow
+from tests.sample_rewards import Constant, Rank, Slow
 
 NAN = math.nan
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def test_overlapped_scores_are_those_of_the_sequential_order(pipeline, rows, small_run):
     config = small_run("decoder")
-    stage = STAGES["decoder"](Engine(pipeline, config.sampling, config.sde, progress=False), config)
+    engine = Engine(pipeline, config.sampling, config.sde, progress=False)
     groups = draw_groups(rows, 0, 0, 4, 3)
+    requests = STAGES["decoder"](engine, config).requests(groups)
     sampling = []
 
     def sample(batch):
         sampling.append(time.perf_counter())
-        return stage.rollout(batch, 0)
+        return engine.rollout([requests[i] for i in batch], range(2))
 
     slow = Slow()
-    sampled = sample_and_score(sample, groups, {"slow": slow}, batch_size=3)
-    one_by_one = [stage.rollout([g], 0)[0] for g in groups]
+    sampled = sample_and_score(sample, groups, Scorer({"slow": slow}, {}), batch_size=3)
+    one_by_one = [engine.rollout([r], range(2))[0] for r in requests]
     expected = [s for r in one_by_one for s in Slow()([RewardInput(i, "", {}) for i in r.images])]
-    assert sampled.scores[:, 0].tolist() == torch.tensor(expected).tolist()
-    assert [r.seeds for r in sampled.rollouts] == [g.seeds for g in groups]
+    assert sampled.scores.trained["slow"].tolist() == torch.tensor(expected).tolist()
+    assert [r.request.seeds for r in sampled.rollouts] == [g.seeds for g in groups]
     # while the first batch was scored, the next one was begun
     assert len(sampling) == 4 and sampling[1] < slow.spans[0][1]
     assert sampled.wait_seconds < sampled.reward_seconds
+
+
+def test_what_is_trained_on_and_what_is_watched_are_apart_by_name(rows):
+    """Rewards of one name may stand on both sides."""
+
+    class Made:
+        images = (CLEAN,) * 2
+
+    scorer = Scorer({"a": Constant(1.0), "b": Constant(2.0)}, {"a": Constant(5.0)})
+    scores = scorer(draw_groups(rows, 0, 0, 1, 2), [Made])
+    assert scores.table.tolist() == [[1, 2], [1, 2]]
+    assert scores.watched["a"].tolist() == [5, 5]
 
 
 def test_a_reward_that_fails_beside_sampling_ends_the_step(rows):
@@ -69,15 +73,28 @@ def test_a_reward_that_fails_beside_sampling_ends_the_step(rows):
 
     with pytest.raises(UserError, match="reward 'bad' raised KeyError"):
         sample_and_score(
-            lambda groups: [Made] * len(groups), draw_groups(rows, 0, 0, 3, 1), {"bad": fail}, 1
+            lambda batch: [Made] * len(batch),
+            draw_groups(rows, 0, 0, 3, 1),
+            Scorer({"bad": fail}, {}),
+            1,
         )
 
 
 def test_batches_hold_whole_groups(rows):
-    groups = draw_groups(rows, 0, 0, 5, 4)
-    sizes = [[len(g.seeds) for g in b] for b in group_batches(groups, 9)]
-    assert sizes == [[4, 4], [4, 4], [4]]
-    assert len(group_batches(groups, 1)) == 5
+    groups, seen = draw_groups(rows, 0, 0, 5, 4), []
+
+    class Made:
+        images = (CLEAN,) * 4
+
+    def sample(batch):
+        seen.append(list(batch))
+        return [Made] * len(batch)
+
+    sampled = sample_and_score(sample, groups, Scorer({"one": Constant()}, {}), batch_size=9)
+    assert seen == [[0, 1], [2, 3], [4]] and len(sampled.scores.table) == 20
+    seen.clear()
+    sample_and_score(sample, groups, Scorer({"one": Constant()}, {}), batch_size=1)
+    assert len(seen) == 5, "a group larger than the cap stands alone"
 
 
 def test_a_group_reward_sees_one_prompts_samples_at_a_time():
@@ -136,7 +153,6 @@ def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_ru
     with pytest.raises(UserError, match="reward 'Unsure' left 62% .* train.resume=latest"):
         train(small_run("decoder", reward))
     assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-0"]
-    AcceleratorState._reset_state(True)
     train(
         small_run(
             "decoder",
@@ -154,7 +170,6 @@ def test_a_watched_reward_is_measured_and_not_trained_on(small_run, tmp_path):
     watched = "watch.rewards=[{name: tests.sample_rewards.Constant, args: {value: 5.0}}]"
     folders = [tmp_path / "alone", tmp_path / "watched"]
     for folder, overrides in zip(folders, ([], [watched]), strict=True):
-        AcceleratorState._reset_state(True)
         train(
             small_run("decoder", rewards, f"output_dir={folder}", "train.max_steps=1", *overrides)
         )
@@ -166,9 +181,9 @@ def test_a_watched_reward_is_measured_and_not_trained_on(small_run, tmp_path):
 
 def test_the_alarm_can_end_a_run_with_a_checkpoint(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "duet.train.loop.Watch.__call__", lambda self, metrics: {"watch/alarm": 1.0}
+        "duet.train.watch.Watch.__call__", lambda self, metrics: {"watch/alarm": 1.0}
     )
-    monkeypatch.setattr("duet.train.loop.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
+    monkeypatch.setattr("duet.train.watch.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
     watched = "watch.rewards=[{name: tests.sample_rewards.Constant, args: {value: 5.0}}]"
     with pytest.raises(UserError, match="watch.stop ended the run at .*checkpoint-1: .* ocr lost"):
         train(small_run("decoder", watched, "watch.stop=true", "train.save_steps=9"))

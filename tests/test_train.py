@@ -114,6 +114,70 @@ def test_a_resumed_run_ends_in_the_very_same_weights(small_run, stage, tmp_path)
     assert metrics(parts)[2]["reward"] == metrics(whole)[2]["reward"]
 
 
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_several_passes_make_several_updates(small_run, stage, tmp_path):
+    """The first update of a rollout starts at ratio 1; the second pass is off it."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    accumulated = ["optim.gradient_accumulation_steps=2", "train.max_steps=1"]
+    train(small_run(stage, *accumulated, f"output_dir={once}"))
+    train(small_run(stage, *accumulated, f"output_dir={twice}", "grpo.num_iterations=2"))
+    assert metrics(once)[0]["ratio/max"] == pytest.approx(1, abs=1e-3)
+    assert metrics(twice)[0]["ratio/max"] > metrics(once)[0]["ratio/max"] + 1e-4
+    state = torch.load(twice / "checkpoint-1" / "state" / "optimizer.bin", weights_only=True)[
+        "state"
+    ]
+    assert {int(s["step"]) for s in state.values()} == {2}
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["grpo.importance_sampling_level=sequence"],
+        ["grpo.loss_type=dr_grpo"],
+        ["grpo.loss_type=dapo"],
+        ["grpo.scale_rewards=false", "grpo.multi_objective_aggregation=sum_then_normalize"],
+    ],
+    ids=lambda o: o[0].partition(".")[2],
+)
+def test_every_objective_learns_in_the_loop(small_run, stage, overrides, tmp_path):
+    """Two updates a rollout: the second one's ratio is off 1, by the objective's own formula."""
+    updates = ["optim.gradient_accumulation_steps=1", "optim.lr_scheduler_type=constant"]
+    train(small_run(stage, *updates, *overrides))
+    for step in metrics(tmp_path / "run"):
+        assert step["grad_norm"] > 0
+        assert step["ratio/min"] < 1 < step["ratio/max"]
+    if "grpo.importance_sampling_level=sequence" in overrides:
+        assert metrics(tmp_path / "run")[0]["ratio/max"] < 1.05, "a mean over actions is tame"
+    before, after = weights(tmp_path / "run", 1), weights(tmp_path / "run", 2)
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_dapo_is_grpo_where_all_samples_are_of_one_length(small_run, tmp_path):
+    norms = []
+    for kind in ("grpo", "dapo"):
+        folder = tmp_path / kind
+        train(
+            small_run("ar", f"grpo.loss_type={kind}", f"output_dir={folder}", "train.max_steps=1")
+        )
+        norms.append(metrics(folder)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_all_priors_of_a_step_are_sampled_in_one_call(pipeline, small_run, monkeypatch):
+    config = small_run("decoder", "rollout.batch_size=4")
+    engine = Engine(pipeline, config.sampling, config.sde, 4, progress=False)
+    calls = []
+    true = Engine.priors
+    monkeypatch.setattr(
+        Engine, "priors", lambda self, asked: calls.append(len(asked)) or true(self, asked)
+    )
+    rows = [{"prompt": f'a red card with the white word "{w}"'} for w in ("CAT", "PEN", "ALONE")]
+    groups = draw_groups(rows, 0, 0, 3, 2)
+    requests = STAGES["decoder"](engine, config).requests(groups)
+    assert calls == [3] and all(r.prior.shape == (6,) for r in requests)
+
+
 def test_a_linear_schedule_ends_at_zero(small_run, tmp_path):
     train(small_run("decoder", "optim.lr_scheduler_type=linear", "optim.learning_rate=1e-3"))
     # one update a rollout, two rollouts; logged after the update
