@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from duet.configs.errors import UserError
 from duet.configs.schema import AUTOCAST, Arithmetic, SamplingConfig, SdeConfig
-from duet.inference import autoregressive, decoder, pictures
+from duet.inference import autoregressive, decoder, decoding, pictures
 from duet.inference.autoregressive import TokenScores
 from duet.inference.batching import in_batches
 from duet.inference.decoder import LatentJob, StepScores, sample_latents
-from duet.inference.decoding import TokenJob, sample_tokens
+from duet.inference.decoding import TokenJob
 from duet.inference.flow import Schedule, make_schedule
 from duet.inference.glyphs import glyph_embedding
 from duet.inference.layout import Size, upsample_prior
@@ -81,7 +81,7 @@ class Engine:
 
         The steps in `window` are SDE steps and kept; the rest is ODE.
         """
-        tokens = self._sample_tokens(requests)
+        tokens = self.sample_tokens(requests)
         priors = [_prior(r, t) for r, t in zip(requests, tokens, strict=True)]
         decoded = self.decode(requests, priors, window)
         return [
@@ -91,7 +91,7 @@ class Engine:
 
     def priors(self, requests: Sequence[Request]) -> list[Tensor]:
         """The AR's large grid for every sample, int64 [N, h * w], without a picture."""
-        return [_prior(r, t) for r, t in zip(requests, self._sample_tokens(requests), strict=True)]
+        return [_prior(r, t) for r, t in zip(requests, self.sample_tokens(requests), strict=True)]
 
     def score_tokens(self, trajectories: Sequence[TokenTrajectory], model: Module) -> TokenScores:
         """All samples under the current weights; `model`: the AR, or what wraps it (DDP)."""
@@ -115,7 +115,7 @@ class Engine:
         channels = self.pipeline.transformer.config.in_channels
         return torch.randn((channels, *size.latent), generator=seeded(seed, "noise"))
 
-    def _sample_tokens(self, requests: Sequence[Request]) -> list[TokenTrajectory | None]:
+    def sample_tokens(self, requests: Sequence[Request]) -> list[TokenTrajectory | None]:
         """A trajectory a request, None where its prior is given."""
         written = [r for r in requests if r.prior is None]
         prompts = [text_prompt(self.pipeline.processor, r) for r in written]
@@ -126,7 +126,9 @@ class Engine:
         def run(batch: list[TokenJob]) -> list[TokenTrajectory]:
             ar = self.pipeline.vision_language_encoder
             with self._bar(batch[0].prompt.count, "AR tokens") as bar, self.arithmetic():
-                return sample_tokens(ar, batch, self.codebook_size, self.sampling, bar.update)
+                return decoding.sample_tokens(
+                    ar, batch, self.codebook_size, self.sampling, bar.update
+                )
 
         samples = in_batches(jobs, self.batch_size, lambda job: job.prompt.grids, run)
         made = iter(_by_request(samples, written))

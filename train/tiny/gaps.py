@@ -210,7 +210,7 @@ def _line(bench: Bench, stage: str, precision: str, breakage: Breakage) -> str:
 
 
 def verdict(bench: Bench, breakage: Breakage, again: torch.Tensor) -> str:
-    """`passes`, or why the gate refuses; `again`: what the broken replay gave."""
+    """`passes`, or what the gate refuses; `again`: what the (broken) replay gave."""
     precision, size = bench.config.arithmetic.precision, bench.stage.size
     try:
         gate.check_gap(bench.stage, bench.rollouts, again, precision)
@@ -219,7 +219,8 @@ def verdict(bench: Bench, breakage: Breakage, again: torch.Tensor) -> str:
             prompt_text = bench.rollouts[0].request.prompt
             gate.check_reference(bench.stage.engine, prompt_text, size, precision)
     except UserError as error:
-        return f"refuses: {str(error).removeprefix('training refuses to start: ')[:60]}"
+        reason = str(error).removeprefix("training refuses to start: ")
+        return f"refuses: {reason.partition(':')[0]}"
     return "passes"
 
 
