@@ -31,8 +31,9 @@ class Arithmetic:
 
     @property
     def precision(self) -> str:
-        """The coarsest dtype that products are rounded to."""
-        return AUTOCAST.get(self.mixed_precision, self.dtype)
+        """The coarsest dtype that weights or products are rounded to."""
+        rounded = self.dtype, AUTOCAST.get(self.mixed_precision, self.dtype)
+        return max(rounded, key=("float32", "float16", "bfloat16").index)
 
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
@@ -248,8 +249,8 @@ class RunConfig:
         return Arithmetic(self.model.dtype, self.train.mixed_precision)
 
     @property
-    def old_logprobs(self) -> str:
-        """`sampler` or `trainer`."""
+    def old_logprobs_of(self) -> str:
+        """`sampler` or `trainer`: what `grpo.old_logprobs` comes to."""
         if self.grpo.old_logprobs != "auto":
             return self.grpo.old_logprobs
         return "sampler" if self.arithmetic.precision == "float32" else "trainer"

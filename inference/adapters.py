@@ -83,14 +83,21 @@ def restore_adapter(module: Module, checkpoint: str | Path) -> None:
     """
     try:
         saved = load_file(next(adapter_folder(checkpoint).glob("*.safetensors")))
-        for name, parameter in module.named_parameters():
-            if "lora_" in name:
-                key = name.replace(".default.weight", ".weight")
-                value = saved[key] if key in saved else saved[f"base_model.model.{key}"]
-                parameter.data = parameter.data.float()
-                parameter.data.copy_(value)
     except Exception as error:  # the same kinds
         raise _damaged(checkpoint, error) from error
+    masters = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
+    own = {
+        name.replace(".default.weight", ".weight"): parameter
+        for name, parameter in module.named_parameters()
+        if "lora_" in name
+    }
+    for name in own.keys() ^ masters.keys():
+        raise _damaged(checkpoint, KeyError(f"{name} stands on one side only"))
+    for name, parameter in own.items():
+        if parameter.shape != masters[name].shape:
+            raise _damaged(checkpoint, ValueError(f"{name} has another shape"))
+        parameter.data = parameter.data.float()
+        parameter.data.copy_(masters[name])
 
 
 def adapter_folder(checkpoint: str | Path) -> Path:

@@ -31,7 +31,8 @@ def pack(
         for i, own in zip(same, weights, strict=True):
             if batch and (held + own > cap or done >= share * (closed + 1)):
                 batches.append(batch)
-                batch, held, closed = [], 0, closed + 1
+                batch, held = [], 0
+                closed = max(closed + 1, int(done / share))
             batch.append(i)
             held, done = held + own, done + own
         batches.append(batch)

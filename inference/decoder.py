@@ -73,12 +73,12 @@ class Denoised:
 def sample_latents(
     dit: Module,
     jobs: Sequence[LatentJob],
-    how: Denoising,
+    asked: Denoising,
+    device: torch.device,
     on_step: Callable[[], None] = lambda: None,
 ) -> Denoised:
     """Denoise jobs of one size and glyph length: SDE inside the window, ODE outside it."""
-    device = how.schedule.sigmas.device
-    given = join([job.given for job in jobs])
+    given, how = join([job.given for job in jobs]), asked.to(device)
     generators = [seeded(job.seed, "sde") for job in jobs] if how.window else []
     x = torch.stack([job.noise for job in jobs]).float().to(device)
     on_device = given.to(device)
@@ -100,7 +100,7 @@ def sample_latents(
     if not kept:
         return Denoised(x, None)
     latents, scores = torch.stack(kept, 1).cpu(), torch.stack(logprobs, 1).cpu()
-    return Denoised(x, LatentTrajectory(given, how, latents, scores))
+    return Denoised(x, LatentTrajectory(given, asked, latents, scores))
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ class StepScores:
 
 def score_steps(dit: Module, trajectory: LatentTrajectory, device: torch.device) -> StepScores:
     """Replay the K steps of N samples, all at once."""
-    latents, window = trajectory.latents.to(device), trajectory.how.window
+    latents, how = trajectory.latents.to(device), trajectory.how.to(device)
+    window = how.window
     given = trajectory.given.to(device).repeat_each(len(window))
     step = torch.tensor(list(window), device=device).repeat(len(latents))
-    flat = transition(dit, latents[:, :-1].flatten(0, 1), step, given, trajectory.how)
+    flat = transition(dit, latents[:, :-1].flatten(0, 1), step, given, how)
     gaussian = flat.unflatten(len(window))
     return StepScores(gaussian.logprob(latents[:, 1:]), gaussian)

@@ -65,21 +65,27 @@ class TokenDecoder:
         sizes = torch.tensor([len(g) for g in groups], device=model.device)
         rows = torch.arange(len(groups), device=model.device).repeat_interleave(sizes)
         self.batch = prompts[rows]
-        self.written = 0
         cache = DynamicCache(config=config)
-        self.logits = self._forward(prompts, prompts.ids, cache)[rows]  # [B, vocabulary]
+        # what a written token sees, bool [B, 1, 1, P + T]: made once, for no token waits for it
+        seen = self.batch.seen(self.total)
+        self.seen = None if seen is None else seen.bool()[:, None, None]
+        first = self._forward(prompts, prompts.ids, prompts.mask, cache)
+        self.logits = first[rows]  # [B, vocabulary]
         self.cache = Cache(layers=[FixedLayer(layer, rows, self.total) for layer in cache.layers])
 
     def step(self, tokens: Tensor) -> None:
         """Write one token of every sample, int64 [B]; `logits` are then the next one's."""
-        self.written += 1
-        self.logits = self._forward(self.batch, tokens[:, None], self.cache)
+        length = self.cache.get_seq_length() + 1
+        mask = None if self.seen is None else self.seen[..., :length]
+        self.logits = self._forward(self.batch, tokens[:, None], mask, self.cache)
 
-    def _forward(self, batch: PromptBatch, ids: Tensor, cache: Cache) -> Tensor:
+    def _forward(
+        self, batch: PromptBatch, ids: Tensor, mask: Tensor | None, cache: Cache
+    ) -> Tensor:
         start = cache.get_seq_length()
         return self.model(
             input_ids=ids,
-            attention_mask=batch.seen(self.written),
+            attention_mask=mask,
             position_ids=batch.positions[..., start : start + ids.shape[1]],
             past_key_values=cache,
             use_cache=True,

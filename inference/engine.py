@@ -14,13 +14,13 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
-from duet.configs.schema import AUTOCAST, Arithmetic, SamplingConfig, SdeConfig
+from duet.configs.schema import AUTOCAST, Arithmetic, RunConfig, SamplingConfig, SdeConfig
 from duet.inference import autoregressive, decoder, decoding, pictures
 from duet.inference.autoregressive import TokenScores
 from duet.inference.batching import in_batches
 from duet.inference.decoder import LatentJob, StepScores, sample_latents
 from duet.inference.decoding import TokenJob
-from duet.inference.flow import Schedule, make_schedule
+from duet.inference.flow import make_schedule
 from duet.inference.glyphs import glyph_embedding
 from duet.inference.layout import Size, upsample_prior
 from duet.inference.prompt import text_prompt
@@ -40,8 +40,8 @@ from duet.inference.samples import Kind, join
 class Engine:
     """Samples and scores with the parts of a GLM-Image checkpoint.
 
-    `batch_size` caps the samples run at once; results do not depend on it. `autocast` is
-    the dtype of mixed precision, None where the parts run in their own.
+    `batch_size` caps the samples run at once; results depend on it by rounding alone.
+    `autocast` is the dtype of mixed precision, None where the parts run in their own.
     """
 
     def __init__(
@@ -60,6 +60,13 @@ class Engine:
         self.autocast = autocast
         self.progress = progress
         self.null_glyphs = self._glyphs("")
+
+    @classmethod
+    def of(cls, pipeline: GlmImagePipeline, config: RunConfig, progress: bool = True) -> "Engine":
+        """As a run's config has it."""
+        autocast = autocast_dtype(config.arithmetic)
+        size = config.rollout.batch_size
+        return cls(pipeline, config.sampling, config.sde, size, autocast, progress)
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +113,7 @@ class Engine:
     def denoising(self, size: Size, window: range = range(0)) -> Denoising:
         """How a picture of that size is denoised."""
         steps, config = self.sampling.num_inference_steps, self.pipeline.scheduler.config
-        made = make_schedule(steps, size.dit_tokens, config)
-        schedule = Schedule(made.timesteps.to(self.device), made.sigmas.to(self.device))
+        schedule = make_schedule(steps, size.dit_tokens, config)
         return Denoising(schedule, self.sampling.guidance_scale, self.sde, window)
 
     def initial_noise(self, seed: int, size: Size) -> Tensor:
@@ -151,7 +157,9 @@ class Engine:
             how = self.denoising(batch[0].given.size, window)
             dit, vae = self.pipeline.transformer, self.pipeline.vae
             with self.arithmetic():
-                denoised = sample_latents(dit, batch, how, lambda: bar.update(len(batch)))
+                denoised = sample_latents(
+                    dit, batch, how, self.device, lambda: bar.update(len(batch))
+                )
                 pixels = pictures.decode_pixels(vae, denoised.final)
             return Decoded(pixels, denoised.trajectory).split()
 
@@ -173,7 +181,7 @@ class Engine:
     def _glyphs(self, prompt: str) -> Tensor:
         with self.arithmetic():
             glyphs = glyph_embedding(self.pipeline, prompt)
-        return glyphs.to(self.pipeline.transformer.dtype)
+        return glyphs.to("cpu", self.pipeline.transformer.dtype)
 
     def _noise(self, request: Request, seed: int) -> Tensor:
         return self.initial_noise(seed, request.size) if request.noise is None else request.noise

@@ -115,8 +115,11 @@ def choose_arithmetic(dtype: str | None, adapters: Sequence[str]) -> Arithmetic:
     if dtype is not None:
         return Arithmetic(dtype)
     if len(set(trained.values())) > 1:
-        told = "; ".join(f"{name} in {how}" for name, how in trained.items())
-        raise UserError(f"--adapter: {told}: give --dtype")
+        told = " and ".join(
+            f"{name} in {how.dtype}, mixed precision {how.mixed_precision}"
+            for name, how in trained.items()
+        )
+        raise UserError(f"--adapter: trained were {told}: give --dtype")
     return next(iter(trained.values()), Arithmetic())
 
 

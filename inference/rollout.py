@@ -4,7 +4,9 @@ N samples of one prompt, T visual tokens, K trained denoising steps, V codebook
 ids, latents [C, h, w] = [16, height / 8, width / 8].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -55,7 +57,8 @@ class Conditions(Samples):
 
     def repeat_each(self, count: int) -> "Conditions":
         """Every sample `count` times in a row."""
-        return self.select([n for n in range(len(self)) for _ in range(count)])
+        glyphs, prior = (x.repeat_interleave(count, 0) for x in (self.glyphs, self.prior))
+        return replace(self, glyphs=glyphs, prior=prior)
 
     def to(self, device: torch.device) -> "Conditions":
         glyphs, prior, null = (x.to(device) for x in (self.glyphs, self.prior, self.null_glyphs))
@@ -70,6 +73,10 @@ class Denoising:
     guidance_scale: float
     sde: SdeConfig
     window: range  # steps with noise, the policy's actions; the others follow the ODE
+
+    def to(self, device: torch.device) -> "Denoising":
+        timesteps, sigmas = self.schedule.timesteps.to(device), self.schedule.sigmas.to(device)
+        return replace(self, schedule=Schedule(timesteps, sigmas))
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,10 @@ class Rollout(Samples):
     prior: Tensor  # int64 [N, h * w], the large grid
     tokens: TokenTrajectory | None  # None: the prior was given
     latents: LatentTrajectory | None  # None: pure ODE
+
+    def select(self, index: Sequence[int]) -> Self:
+        seeds = tuple(self.request.seeds[i] for i in index)
+        return replace(super().select(index), request=replace(self.request, seeds=seeds))
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:

@@ -17,9 +17,9 @@ class Samples:
         return len(getattr(self, self.per_sample[0]))
 
     def select(self, index: Sequence[int]) -> Self:
-        """Some of the samples."""
+        """Some of the samples; consecutive ones are views of the same memory."""
         rows = {name: getattr(self, name) for name in self.per_sample}
-        return replace(self, **{n: _take(value, list(index)) for n, value in rows.items()})
+        return replace(self, **{n: _take(value, index) for n, value in rows.items()})
 
     def split(self) -> list[Self]:
         """Each sample by itself."""
@@ -35,12 +35,15 @@ def join(parts: Sequence[Kind]) -> Kind:
     return replace(parts[0], **joined)
 
 
-def _take(value: Any, index: list[int]) -> Any:
+def _take(value: Any, index: Sequence[int]) -> Any:
     if value is None:
         return None
     if isinstance(value, Samples):
         return value.select(index)
-    return [value[i] for i in index] if isinstance(value, list) else value[index]
+    if isinstance(value, list):
+        return [value[i] for i in index]
+    start, stop = index[0], index[0] + len(index)
+    return value[start:stop] if list(index) == list(range(start, stop)) else value[list(index)]
 
 
 def _join(values: list) -> Any:
@@ -48,4 +51,6 @@ def _join(values: list) -> Any:
         return None
     if isinstance(values[0], Samples):
         return join(values)
+    if isinstance(values[0], list):
+        return [item for value in values for item in value]
     return np.concatenate(values) if isinstance(values[0], np.ndarray) else torch.cat(values)

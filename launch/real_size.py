@@ -27,9 +27,8 @@ from transformers import (
 
 from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
-from duet.configs.schema import RunConfig
 from duet.inference.adapters import add_adapter
-from duet.inference.engine import Engine, autocast_dtype
+from duet.inference.engine import Engine
 from duet.inference.model import freeze, load_pipeline, pick_device
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
@@ -37,6 +36,7 @@ from duet.inference.rollout import Rollout
 from duet.train import gate
 from duet.train.gap import Gap
 from duet.train.stages import STAGES, Stage, sampled_logprobs
+from duet.train.tiny.gaps import walk
 from duet.train.update import rescore
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -111,15 +111,15 @@ def build_pipeline(stage: str, scale: Scale, device: torch.device) -> GlmImagePi
     """The stage's own part at scale, bfloat16, random; what it does not run stays tiny."""
     pipeline = load_pipeline(str(_CONFIGS / "tiny" / "model"), "bfloat16", device.type)
     torch.manual_seed(0)
-    if stage == "ar":
-        tiny = pipeline.vision_language_encoder
-        built = {"vision_language_encoder": _at_scale(lambda: build_ar(scale, tiny), device)}
-    else:
-        built = {
-            "transformer": _at_scale(lambda: build_dit(scale), device),
-            "text_encoder": _at_scale(lambda: build_glyph_encoder(scale), device),
-        }
-    pipeline.register_modules(**built)
+    tiny = pipeline.vision_language_encoder
+    builders = {
+        "ar": {"vision_language_encoder": lambda: build_ar(scale, tiny)},
+        "decoder": {
+            "transformer": lambda: build_dit(scale),
+            "text_encoder": lambda: build_glyph_encoder(scale),
+        },
+    }[stage]
+    pipeline.register_modules(**{n: _at_scale(build, device) for n, build in builders.items()})
     return freeze(pipeline)
 
 
@@ -133,18 +133,21 @@ def _at_scale(build: Callable[[], torch.nn.Module], device: torch.device) -> tor
         torch.set_default_dtype(before)
 
 
-def make_rollout(stage: Stage, config: RunConfig) -> Rollout:
-    """A group of 8. The AR's has blank pictures: no decoder is built beside it."""
-    engine, size = stage.engine, stage.size
-    noise = engine.initial_noise(0, size)
-    request = Request(_PROMPT, tuple(range(8)), size, noise=noise)
-    if stage.part.name == "ar":
-        tokens = engine.sample_tokens([request])[0]
-        return Rollout(request, [Image.new("RGB", (1, 1))] * 8, tokens.prior, tokens, None)
-    prior = torch.randint(256, (size.grid.count,), generator=torch.Generator().manual_seed(0))
-    start = config.sde.window_start_max
-    window = range(start, start + config.sde.window_size)
-    return engine.rollout([replace(request, prior=prior)], window)[0]
+def token_rollout(stage: Stage, request: Request) -> Rollout:
+    """Tokens alone, with blank pictures: no decoder is built beside the AR."""
+    tokens = stage.engine.sample_tokens([request])[0]
+    blank = [Image.new("RGB", (1, 1))] * len(request)
+    return Rollout(request, blank, tokens.prior, tokens, None)
+
+
+def latent_rollout(stage: Stage, request: Request) -> Rollout:
+    """The window of the first step, from random prior tokens."""
+    tokens = request.size.grid.count
+    prior = torch.randint(256, (tokens,), generator=torch.Generator().manual_seed(0))
+    return stage.engine.rollout([replace(request, prior=prior)], stage.window(0))[0]
+
+
+ROLLOUTS = {"ar": token_rollout, "decoder": latent_rollout}
 
 
 def measure(name: str, scale: Scale, device: torch.device) -> None:
@@ -155,18 +158,14 @@ def measure(name: str, scale: Scale, device: torch.device) -> None:
     part, lora = PARTS[name], config.lora
     module = part.module(pipeline)
     add_adapter(module, part, lora.rank, lora.alpha, lora.target_modules)
-    engine = Engine(
-        pipeline,
-        config.sampling,
-        config.sde,
-        config.rollout.batch_size,
-        autocast_dtype(config.arithmetic),
-    )
-    stage = STAGES[name](engine, config)
+    walk(module, config.optim.learning_rate)
+    stage = STAGES[name](Engine.of(pipeline, config), config)
     parameters = sum(p.numel() for p in module.parameters())
     print(f"{name}: {parameters / 1e9:.2f} B parameters on {device}, {side} x {side} pixels")
+    noise = stage.engine.initial_noise(0, stage.size)
+    request = Request(_PROMPT, tuple(range(8)), stage.size, noise=noise)
     with torch.no_grad():
-        rollout = _timed(device, "rollout", lambda: make_rollout(stage, config))
+        rollout = _timed(device, "rollout", lambda: ROLLOUTS[name](stage, request))
     batch = config.optim.per_device_train_batch_size
     again = _timed(device, "replay", lambda: rescore(stage, module, [rollout], batch))
     print(f"  {Gap.of(again, sampled_logprobs(stage, [rollout], again.device))}")

@@ -23,6 +23,7 @@ def test_weights_count_and_what_is_too_heavy_stands_alone():
     batches = pack(weights, 9, weight=int)
     assert [sum(weights[i] for i in b) for b in batches] == [8, 8, 4]
     assert pack([1, 7, 1], 3, weight=int) == [[0], [1], [2]]
+    assert pack([10, 1, 1, 1, 1, 1, 1], 4, weight=int) == [[0], [1, 2], [3, 4, 5, 6]]
 
 
 def test_results_come_back_in_the_items_order():

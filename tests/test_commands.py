@@ -37,6 +37,9 @@ def test_generate_writes_pictures_and_never_replaces_one(tmp_path):
     ]  # fmt: skip
     first = run(*command)
     assert first.returncode == 0, first.stderr
+    assert "top_k 50, top_p 0.9, float32" in first.stderr, (
+        "what stock generation takes, and says so"
+    )
     names = {"000-seed5.png", "000-seed6.png", "001-seed5.png", "001-seed6.png"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     assert Image.open(tmp_path / "out" / "000-seed5.png").size == (96, 64)

@@ -1,8 +1,6 @@
 """Golden metrics: four steps a stage, float32, one thread, two passes over a rollout.
 
-    OMP_NUM_THREADS=1 python -m duet.train configs/tiny/STAGE.yaml OVERRIDES (below)
-
-The AR's rollouts moved by rounding when its attention was no longer summed in float64.
+OMP_NUM_THREADS=1 python -m duet.train configs/tiny/STAGE.yaml OVERRIDES (below)
 """
 
 import json

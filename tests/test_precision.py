@@ -12,8 +12,14 @@ from transformers import GenerationConfig
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
-from duet.configs.schema import Arithmetic, OptimConfig
-from duet.inference.adapters import AdapterInfo, add_adapter, load_adapter, save_adapter
+from duet.configs.schema import Arithmetic, LoraConfig, OptimConfig
+from duet.inference.adapters import (
+    AdapterInfo,
+    add_adapter,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+)
 from duet.inference.engine import Engine, autocast_dtype
 from duet.inference.generate import choose_arithmetic
 from duet.inference.model import STOCK_GENERATION, generation_defaults, load_pipeline
@@ -21,7 +27,8 @@ from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train.evaluation import evaluate
 from duet.train.policy import Policy
-from duet.train.tiny.gaps import SHIPPED, make_bench, rescored
+from duet.train.tiny.gaps import SHIPPED, make_bench, rescored, walk
+from duet.train.tuning import Lora
 from tests.conftest import CLIP, MODEL, ROOT, SAMPLING, SIZE, train
 
 STAGES = ["ar", "decoder"]
@@ -49,13 +56,17 @@ def test_the_real_configs_settings_train(stage, tmp_path):
     config = load_config(
         ROOT / "configs" / "glm_image" / f"{stage}.yaml", [*TINY, f"output_dir={tmp_path / 'run'}"]
     )
-    assert config.arithmetic == BF16 and config.old_logprobs == "trainer"
+    assert config.arithmetic == BF16 and config.old_logprobs_of == "trainer"
     checkpoint = train(config)
     for step in metrics(tmp_path / "run"):
         # one update a rollout: the ratio is 1 to the bit, whatever sampled
         assert step["ratio/min"] == step["ratio/max"] == 1
         assert 0.95 < step["sampling/effective_sample_size"] <= 1
-        assert step["sampling/logp_difference/max"] >= step["sampling/logp_difference/mean"] >= 0
+        assert (
+            step["sampling/sampling_logp_difference/max"]
+            >= step["sampling/sampling_logp_difference/mean"]
+            >= 0
+        )
         assert step["grad_norm"] > 0
     saved = load_file(next((checkpoint / "adapter").glob("*.safetensors")))
     assert all(v.dtype == torch.float32 for v in saved.values())
@@ -87,15 +98,15 @@ def test_sampler_and_trainer_log_probs_give_one_update_in_float32(small_run, sta
         )
         (first,) = metrics(folder)
         norms[kind] = first["grad_norm"]
-        assert ("sampling/logp_difference/max" in first) == (kind == "trainer")
+        assert ("sampling/sampling_logp_difference/max" in first) == (kind == "trainer")
     assert norms["sampler"] == pytest.approx(norms["trainer"], rel=1e-3)
 
 
 def test_whose_log_probs_follows_the_precision(small_run):
-    assert small_run("ar").old_logprobs == "sampler"
-    assert small_run("ar", "model.dtype=bfloat16").old_logprobs == "trainer"
-    assert small_run("ar", "train.mixed_precision=bf16").old_logprobs == "trainer"
-    assert small_run("ar", *SHIPPED, "grpo.old_logprobs=sampler").old_logprobs == "sampler"
+    assert small_run("ar").old_logprobs_of == "sampler"
+    assert small_run("ar", "model.dtype=bfloat16").old_logprobs_of == "trainer"
+    assert small_run("ar", "train.mixed_precision=bf16").old_logprobs_of == "trainer"
+    assert small_run("ar", *SHIPPED, "grpo.old_logprobs=sampler").old_logprobs_of == "sampler"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -120,15 +131,13 @@ def test_what_is_evaluated_is_what_training_sampled_with(stage, tmp_path):
 
     trained = load_pipeline(str(MODEL), "bfloat16")
     module = part.module(trained)
-    add_adapter(module, part, 8, 16.0)
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.02)
+    info = AdapterInfo(stage, str(MODEL), BF16)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    policy = Policy(accelerator, part, module, OptimConfig(), updates=1)
+    policy = Policy(accelerator, module, Lora(LoraConfig(8, 16.0), info), OptimConfig(), updates=1)
+    walk(module, 0.02)
     with policy.sampling():
         sampled = made(trained, BF16)
-    save_adapter(module, tmp_path, AdapterInfo(stage, str(MODEL), BF16))
+    policy.tuning.write(module, tmp_path)
     loaded = load_pipeline(str(MODEL), "bfloat16")
     assert load_adapter(loaded, tmp_path).arithmetic == BF16
     adapter = [p for n, p in part.module(loaded).named_parameters() if "lora_" in n]
@@ -170,6 +179,39 @@ def test_a_low_precision_base_resumes_the_very_weights(small_run, stage, tmp_pat
     )
     assert expected.keys() == reached.keys()
     assert all(torch.equal(value, reached[name]) for name, value in expected.items())
+
+
+def test_an_adapter_of_another_shape_is_not_stretched_to_fit(tmp_path):
+    """One of rank 1 would broadcast over rank 4, and half of the keys would pass."""
+    pipeline = load_pipeline(str(MODEL))
+    for stage, part in PARTS.items():
+        folder = tmp_path / stage
+        folder.mkdir()
+        module = part.module(pipeline)
+        add_adapter(module, part, 1, 2.0)
+        save_adapter(module, folder, AdapterInfo(stage, str(MODEL), Arithmetic()))
+        other = part.module(load_pipeline(str(MODEL)))
+        add_adapter(other, part, 4, 8.0)
+        with pytest.raises(UserError, match="has another shape"):
+            restore_adapter(other, folder)
+        fewer = part.module(load_pipeline(str(MODEL)))
+        add_adapter(fewer, part, 1, 2.0, part.lora_targets[:2])
+        with pytest.raises(UserError, match="stands on one side only"):
+            restore_adapter(fewer, folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "precision"),
+    [
+        ("float32", "no", "float32"),
+        ("float32", "bf16", "bfloat16"),
+        ("bfloat16", "no", "bfloat16"),
+        ("bfloat16", "fp16", "bfloat16"),
+        ("float16", "bf16", "bfloat16"),
+    ],
+)
+def test_the_coarsest_dtype_is_the_precision(dtype, mixed, precision):
+    assert Arithmetic(dtype, mixed).precision == precision
 
 
 def test_half_precision_on_a_cpu_is_refused(small_run):

@@ -13,7 +13,6 @@ from typing import Any
 
 from duet.configs.errors import UserError, require_folder
 from duet.configs.schema import RunConfig
-from duet.inference.adapters import AdapterInfo
 from duet.train.metrics import read_metrics
 from duet.train.policy import Policy
 
@@ -91,7 +90,7 @@ def save_checkpoint(policy: Policy, config: RunConfig, step: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    policy.save(partial, AdapterInfo(config.stage, config.model.path, config.arithmetic))
+    policy.save(partial)
     if accelerator.is_main_process:
         position = {
             "step": step,

@@ -1,7 +1,8 @@
 """A step's rollouts with their rewards: prompts in, samples and scores out."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,13 +37,16 @@ def collect(run: Run, step: int) -> Collected:
     count, samples = config.rollout.prompts_per_step, config.rollout.num_generations
     groups = draw_groups(run.rows, config.seed, step, count, samples)
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
+    start = time.perf_counter()
     with together(accelerator), run.policy.sampling():
-        requests = stage.requests(mine)
+        requests = stage.requests(mine)  # the decoder's priors are sampled here
+        before = time.perf_counter() - start
 
         def sample(batch: Sequence[int]) -> list[Rollout]:
             return stage.engine.rollout([requests[i] for i in batch], stage.window(step))
 
         sampled = sample_and_score(sample, mine, run.scorer, config.rollout.batch_size, run.shows)
+        sampled = replace(sampled, rollout_seconds=before + sampled.rollout_seconds)
     ids = torch.tensor([g.id for g in mine for _ in g.seeds])
     scores = sampled.scores.map(lambda column: gather_rows(accelerator, column))
     return Collected(sampled, ids, scores, gather_rows(accelerator, ids))

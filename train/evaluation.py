@@ -13,7 +13,7 @@ from duet.configs.errors import UserError
 from duet.configs.rows import load_rows
 from duet.configs.schema import EvalConfig, RunConfig
 from duet.inference.adapters import adapter_info, load_adapter
-from duet.inference.engine import Engine, autocast_dtype
+from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
 from duet.inference.request import Request
@@ -127,12 +127,7 @@ def _generate(
     pipeline = load_pipeline(config.model.path, config.model.dtype, config.model.device)
     for checkpoint in checkpoints:
         load_adapter(pipeline, checkpoint)
-    engine = Engine(
-        pipeline,
-        config.sampling,
-        batch_size=config.rollout.batch_size,
-        autocast=autocast_dtype(config.arithmetic),
-    )
+    engine = Engine.of(pipeline, config)
     size = Size(config.sampling.height, config.sampling.width)
     count = config.eval.images_per_prompt
     requests = [

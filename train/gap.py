@@ -43,10 +43,9 @@ class Gap:
     def metrics(self) -> dict[str, float]:
         """Under TRL's names where it has them."""
         return {
-            "sampling/logp_difference/mean": self.mean,
-            "sampling/logp_difference/p999": self.p999,
-            "sampling/logp_difference/max": self.max,
-            "sampling/importance_sampling_ratio/mean": self.mean_ratio,
+            "sampling/sampling_logp_difference/mean": self.mean,
+            "sampling/sampling_logp_difference/p999": self.p999,
+            "sampling/sampling_logp_difference/max": self.max,
             "sampling/effective_sample_size": self.effective_sample_size,
         }
 

@@ -23,7 +23,14 @@ _SEED = 12345
 # largest difference of a pixel in [0, 1], by the precision of the forward
 _PIXEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 # arguments of the DiT that must be the stock pipeline's to the bit
-_TOLD = ("timestep", "target_size", "crop_coords", "prior_token_id", "prior_token_drop")
+_TOLD = (
+    "timestep",
+    "target_size",
+    "crop_coords",
+    "prior_token_id",
+    "prior_token_drop",
+    "encoder_hidden_states",
+)
 
 
 def check_schedule(engine: Engine, size: Size) -> None:
@@ -62,18 +69,25 @@ def check_reference(engine: Engine, prompt: str, size: Size, precision: str) -> 
         )
     for number, (told, reference) in enumerate(zip(ours, theirs, strict=True)):
         for name in _TOLD:
-            difference = float((told[name].double() - reference[name].double()).abs().max())
-            if difference != 0:
-                _refuse(
-                    f"the DiT's {name} differs from GlmImagePipeline's by {difference:.3g} "
-                    f"in forward {number}"
-                )
+            _compare(name, told[name], reference[name], number)
     difference = float(np.abs(made.ours.pixels - made.stock.pixels).max())
     allowed = _PIXEL_TOLERANCE[precision]
     if not difference <= allowed:
         _refuse(
             f"the engine's picture differs from GlmImagePipeline's by {difference:.3g} "
             f"(allowed {allowed:g})"
+        )
+
+
+def _compare(name: str, ours: Tensor, stock: Tensor, forward: int) -> None:
+    if ours.shape != stock.shape:
+        shapes = f"{tuple(ours.shape)} and not {tuple(stock.shape)}"
+        _refuse(f"the DiT's {name} has shape {shapes} as GlmImagePipeline's, in forward {forward}")
+    difference = float((ours.double() - stock.double()).abs().max())
+    if difference != 0:
+        _refuse(
+            f"the DiT's {name} differs from GlmImagePipeline's by {difference:.3g} "
+            f"in forward {forward}"
         )
 
 

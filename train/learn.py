@@ -25,13 +25,13 @@ def learn(run: Run, rollouts: Sequence[Rollout], advantages: Tensor, first: bool
     Raises UserError, on all processes, where it is not.
     """
     start = time.perf_counter()
-    several = run.geometry.updates_per_rollout > 1
-    rescored = None
-    if first or (several and run.config.old_logprobs == "trainer"):
+    trainer = run.config.old_logprobs_of == "trainer"
+    needed = trainer and run.geometry.updates_per_rollout > 1
+    if first or needed:
         size = run.config.optim.per_device_train_batch_size
         rescored = rescore(run.stage, run.policy.module, rollouts, size, run.shows)
     if first:
         with together(run.accelerator):
             gate.check_gap(run.stage, rollouts, rescored, run.config.arithmetic.precision)
-    metrics = update(run, rollouts, advantages, rescored)
+    metrics = update(run, rollouts, advantages, rescored if needed else None)
     return Learned(metrics, time.perf_counter() - start)

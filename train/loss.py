@@ -70,6 +70,10 @@ def policy_loss(actions: Actions, config: GrpoConfig, mean_actions: float) -> Po
         "clip_ratio/high_mean": clipped_high.float().mean(),
         "clip_ratio/region_mean": (clipped_low | clipped_high).float().mean(),
     }
+    if actions.weight is not None:
+        capped = actions.weight >= config.importance_sampling_cap
+        metrics["sampling/importance_sampling_ratio/mean"] = actions.weight.mean()
+        metrics["sampling/importance_sampling_ratio/capped"] = capped.float().mean()
     if actions.kl is not None:
         metrics["kl"] = actions.kl.detach().mean()
     return PolicyLoss(loss, metrics)

@@ -1,7 +1,4 @@
-"""What is trained: sampled from, compared with its reference, updated, saved.
-
-Everything follows from which parameters require gradients: here those of a LoRA.
-"""
+"""What is trained: sampled from, compared with its reference, updated, saved."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from duet.configs.errors import UserError
 from duet.configs.schema import OptimConfig
-from duet.inference.adapters import AdapterInfo, adapter_disabled, restore_adapter, save_adapter
-from duet.inference.parts import Part
+from duet.train.tuning import Tuning
 
 _STATE = "state"  # optimizer, scheduler and RNG, as accelerate writes them
-_ADAPTER = "adapter"
 
 
 class Policy:
@@ -30,15 +25,16 @@ class Policy:
     def __init__(
         self,
         accelerator: Accelerator,
-        part: Part,
         module: Module,
+        tuning: Tuning,
         optim: OptimConfig,
         updates: int,
     ) -> None:
-        """`module`: the part itself, its trained parameters requiring gradients; `updates`: of
-        the whole run, for the learning rate's schedule.
+        """`module`: the part itself, frozen; `updates`: of the whole run, for the learning
+        rate's schedule.
         """
-        self.accelerator, self.part, self.inner, self.optim = accelerator, part, module, optim
+        self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
+        tuning.attach(module)
         self.trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = AdamW(
             self.trained,
@@ -55,15 +51,15 @@ class Policy:
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     @contextmanager
-    def sampling(self) -> Iterator[Module]:
-        """The module to sample with: the bare one, whatever wraps it for training."""
+    def sampling(self) -> Iterator[None]:
+        """While open, the pipeline's own module is the policy to sample with, unwrapped."""
         with torch.no_grad():
-            yield self.inner
+            yield
 
     @contextmanager
     def reference(self) -> Iterator[Module]:
         """The module as it was before training, for the KL."""
-        with torch.no_grad(), adapter_disabled(self.inner):
+        with torch.no_grad(), self.tuning.reference(self.inner):
             yield self.inner
 
     def update(self, loss: Tensor) -> Tensor | None:
@@ -82,18 +78,18 @@ class Policy:
         self.optimizer.zero_grad()
         return norm if norm is None else torch.as_tensor(norm)
 
-    def save(self, folder: Path, info: AdapterInfo) -> None:
+    def save(self, folder: Path) -> None:
         """Collective: every process calls it, one writes."""
         self.accelerator.save_state(str(folder / _STATE))
         if self.accelerator.is_main_process:
-            save_adapter(self.inner, folder / _ADAPTER, info)
+            self.tuning.write(self.inner, folder)
 
     def load(self, folder: Path) -> None:
         """The very weights, optimizer, schedule and RNG that were saved.
 
         Raises UserError for a damaged checkpoint.
         """
-        restore_adapter(self.inner, folder)
+        self.tuning.read(self.inner, folder)
         try:
             self.accelerator.load_state(str(folder / _STATE))
         except Exception as error:  # torch, pickle and zip readers each raise their own kinds

@@ -10,10 +10,9 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from duet.configs.errors import UserError
 from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
-from duet.inference.adapters import add_adapter
-from duet.inference.engine import Engine, autocast_dtype
+from duet.inference.adapters import AdapterInfo
+from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
-from duet.inference.parts import PARTS
 from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.checkpoint import Start, find_start
@@ -22,6 +21,7 @@ from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
 from duet.train.scoring import Scorer
 from duet.train.stages import STAGES, Stage
+from duet.train.tuning import Lora
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,13 @@ def prepare(config: RunConfig) -> Run:
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
-    engine = Engine(
-        pipeline,
-        config.sampling,
-        config.sde,
-        config.rollout.batch_size,
-        autocast_dtype(config.arithmetic),
-        progress=accelerator.is_local_main_process,
-    )
+    engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
     stage = STAGES[config.stage](engine, config)
     gate.check_schedule(engine, stage.size)
     gate.check_reference(engine, rows[0]["prompt"], stage.size, config.arithmetic.precision)
-    part, lora = PARTS[config.stage], config.lora
-    module = part.module(pipeline)
-    add_adapter(module, part, lora.rank, lora.alpha, lora.target_modules)
-    policy = Policy(accelerator, part, module, config.optim, divided.updates)
+    tuning = Lora(config.lora, AdapterInfo(config.stage, config.model.path, config.arithmetic))
+    module = stage.part.module(pipeline)
+    policy = Policy(accelerator, module, tuning, config.optim, divided.updates)
     if start.checkpoint:
         policy.load(start.checkpoint)
     if accelerator.is_main_process:

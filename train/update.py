@@ -54,14 +54,14 @@ def update(
 ) -> dict[str, float]:
     """`num_iterations` passes over the rollout in micro-batches; metrics over all processes.
 
-    `rescored`: what `rescore` gave; None where the rollout has a single update, whose own
-    forward is the trainer's, or where the ratio starts from the sampler's log-probs.
+    `rescored`: what `rescore` gave, where the ratio starts from the trainer's log-probs and a
+    rollout has several updates. A single one's own forward is the trainer's.
     """
     accelerator, policy, grpo = run.accelerator, run.policy, run.config.grpo
     device = accelerator.device
     advantages = advantages.to(device)
     sampled = sampled_logprobs(run.stage, rollouts, device)
-    trainer = run.config.old_logprobs == "trainer"
+    trainer = run.config.old_logprobs_of == "trainer"
     batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
     counts = torch.tensor(float(sampled.numel()), device=device)
     mean_actions = float(accelerator.reduce(counts, "mean")) / len(batches)

@@ -21,7 +21,7 @@ from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
 from duet.inference import decoder, prompt
 from duet.inference.adapters import adapter_disabled, add_adapter
-from duet.inference.engine import Engine, autocast_dtype
+from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline
 from duet.inference.parts import PARTS
 from duet.inference.rollout import Rollout
@@ -59,17 +59,12 @@ def make_bench(stage: str, precision: str, *overrides: str, updates: int = 80) -
     sharp = "sampling.temperature=0.9"  # 1 would hide a temperature that is applied twice
     config = load_config(TINY / f"{stage}.yaml", [*PRECISIONS[precision], sharp, *overrides])
     pipeline = load_pipeline(str(TINY / "model"), config.model.dtype, config.model.device)
-    autocast = autocast_dtype(config.arithmetic)
-    size = config.rollout.batch_size
-    engine = Engine(pipeline, config.sampling, config.sde, size, autocast, progress=False)
+    engine = Engine.of(pipeline, config, progress=False)
     part = PARTS[stage]
     module = part.module(pipeline)
     torch.manual_seed(0)
     add_adapter(module, part, config.lora.rank, config.lora.alpha, config.lora.target_modules)
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            signs = torch.randn_like(parameter).sign()
-            parameter.data += config.optim.learning_rate * updates**0.5 * signs
+    walk(module, config.optim.learning_rate * updates**0.5)
     made = STAGES[stage](engine, config)
     # prompts alone: the AR draws the priors, as with the real model's prompts
     rows = [{"prompt": row["prompt"]} for row in load_rows(TINY / "prompts" / "eval.jsonl")]
@@ -79,6 +74,13 @@ def make_bench(stage: str, precision: str, *overrides: str, updates: int = 80) -
     with torch.no_grad():
         rollouts = engine.rollout(made.requests(groups), made.window(0))
     return Bench(config, made, module, rollouts)
+
+
+def walk(module: torch.nn.Module, distance: float) -> None:
+    """Bring every weight of a fresh adapter's B so far from 0: Adam steps by the sign."""
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.data += distance * torch.randn_like(parameter).sign()
 
 
 @contextmanager

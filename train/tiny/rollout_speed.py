@@ -2,25 +2,23 @@
 
     python -m duet.train.tiny.rollout_speed [--dtype bfloat16] [--pairs 7]
 
-A group of 16, sdpa attention, the same top-p, alternating in one process.
+A group of 16 by the policy that the AR config trains (its adapter and arithmetic), sdpa
+attention, the same top-p, alternating in one process.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from duet.configs.schema import SamplingConfig
 from duet.inference.decoding import TokenJob, sample_tokens
-from duet.inference.layout import Size
-from duet.inference.model import load_pipeline
 from duet.inference.prompt import text_prompt
 from duet.inference.request import Request
+from duet.train.tiny.gaps import PRECISIONS, make_bench
 
-MODEL = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "model"
 _PROMPT = 'a red card with the white word "CAT"'
 _GROUP = 16
 
@@ -29,19 +27,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="float32", choices=tuple(PRECISIONS))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--top-p", type=float, default=0.9)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = load_pipeline(str(MODEL), options.dtype, "cpu")
-    model, sampling = pipeline.vision_language_encoder, SamplingConfig(top_p=options.top_p)
-    prompt = text_prompt(pipeline.processor, Request(_PROMPT, (0,), Size(64, 96)))
-    codebook = model.config.vq_config.num_embeddings
+    bench = make_bench("ar", options.dtype, "rollout.prompts_per_step=1")
+    engine, pipeline, model = bench.stage.engine, bench.stage.engine.pipeline, bench.module
+    sampling = replace(bench.config.sampling, temperature=1.0, top_p=options.top_p)
+    prompt = text_prompt(pipeline.processor, Request(_PROMPT, (0,), bench.stage.size))
     jobs = [TokenJob(prompt, seed) for seed in range(_GROUP)]
 
     def ours() -> None:
-        sample_tokens(model, jobs, codebook, sampling)
+        sample_tokens(model, jobs, engine.codebook_size, sampling)
 
     def stock() -> None:
         tokens = pipeline.processor.apply_chat_template(
@@ -61,8 +59,9 @@ def main() -> None:
                 temperature=1.0,
             )
 
-    ours(), stock()
-    ratios = [_seconds(ours) / _seconds(stock) for _ in range(options.pairs)]
+    with engine.arithmetic():
+        ours(), stock()
+        ratios = [_seconds(ours) / _seconds(stock) for _ in range(options.pairs)]
     print(
         f"{options.dtype}: {statistics.median(ratios):.2f} of generate's processor time "
         f"({min(ratios):.2f} to {max(ratios):.2f}, {options.pairs} pairs)"
