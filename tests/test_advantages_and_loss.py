@@ -1,6 +1,7 @@
 """GRPO's numbers, by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from duet.train.loss import (
     policy_loss,
     truncated_weight,
 )
-from duet.train.metrics import reward_metrics
+from duet.train.metrics import Totals, reward_metrics
 
 NAN = float("nan")
 ONE = torch.ones(1)
@@ -155,3 +156,12 @@ def test_beta_weighs_the_kl():
     zero = torch.zeros(1, 2)
     loss = policy_loss(Actions(zero, zero, torch.zeros(1), kl), GrpoConfig(beta=0.4), 2).loss
     assert float(loss) == pytest.approx(0.1)
+
+
+def test_extremes_of_all_processes_are_kept():
+    other = torch.tensor([[0.5, 3.0, 4.0]])
+    accelerator = SimpleNamespace(device="cpu", gather=lambda table: torch.cat([table, other]))
+    totals = Totals()
+    for value in (1.0, 2.0):
+        totals.add(dict.fromkeys(("ratio/min", "ratio/max", "loss"), torch.tensor(value)))
+    assert totals.reduce(accelerator) == {"ratio/min": 0.5, "ratio/max": 3.0, "loss": 2.75}

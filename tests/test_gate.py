@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from duet.configs.errors import UserError
-from duet.inference import decoder, flow
+from duet.inference import autoregressive, decoder, flow
 from duet.inference import engine as engine_module
+from duet.inference.engine import Engine
+from duet.inference.request import Request
 from duet.train import gate
+from duet.train.checkpoint import complete_checkpoints
 from duet.train.gap import Gap
 from duet.train.stages import sampled_logprobs
 from duet.train.tiny.gaps import (
@@ -20,7 +23,7 @@ from duet.train.tiny.gaps import (
     verdict,
     wrong_timestep,
 )
-from tests.conftest import SIZE
+from tests.conftest import SAMPLING, SIZE, train
 
 CARD = 'a red card with "CAT"'
 STAGES = list(BREAKAGES)
@@ -102,10 +105,6 @@ def test_the_figures_of_a_gap_by_hand():
 
 
 def test_an_unshifted_schedule_is_refused(engine, monkeypatch):
-    def unshifted(steps, tokens, config):
-        made = flow.make_schedule(steps, tokens, config)
-        return flow.Schedule(made.timesteps, torch.cat([made.timesteps / 1000, torch.zeros(1)]))
-
     gate.check_schedule(engine, SIZE)
     monkeypatch.setattr(engine_module, "make_schedule", unshifted)
     with pytest.raises(UserError, match="refuses to start: the schedule's sigmas"):
@@ -121,3 +120,61 @@ def test_an_engine_that_is_not_the_reference_is_refused(engine, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(UserError, match="picture differs from"):
         broken.setattr(decoder, "velocity", lambda d, x, t, g, s: true(d, x, t, g, 1.1 * s))
         gate.check_reference(engine, CARD, SIZE, "float32")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_mean_alone_refuses(benches, stage, precision):
+    """Differences of both signs, larger than rounding: ratio and sharpness do not tell."""
+    bounds = benches(stage, precision).stage.bounds(precision)
+    sampler = -10 * torch.rand(4000, dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(2000)
+    assert not bounds.broken(Gap.of(sampler + 0.5 * bounds.mean * signs, sampler))
+    told = bounds.broken(Gap.of(sampler + 2 * bounds.mean * signs, sampler))
+    assert [figure.split()[0] for figure in told] == ["mean"]
+    assert (
+        bounds.mean
+        <= {
+            ("ar", "float32"): 2.1e-5,
+            ("ar", "bfloat16"): 2.1e-2,
+            ("decoder", "float32"): 1e-6,
+            ("decoder", "bfloat16"): 1.5e-4,
+        }[stage, precision]
+    )
+
+
+def test_in_mixed_precision_of_float32_weights_the_dit_is_told_what_stock_tells(pipeline):
+    engine = Engine(pipeline, SAMPLING, autocast=torch.bfloat16, progress=False)
+    given = engine.conditions(Request(CARD, (1,), SIZE), torch.zeros(1, 6).long())
+    assert given.glyphs.dtype == given.null_glyphs.dtype == pipeline.transformer.dtype
+    gate.check_reference(engine, CARD, SIZE, "bfloat16")
+
+
+def unshifted(steps, tokens, config):
+    made = flow.make_schedule(steps, tokens, config)
+    return flow.Schedule(made.timesteps, torch.cat([made.timesteps / 1000, torch.zeros(1)]))
+
+
+def everything_kept(packed, codebook_size):
+    return torch.ones(*packed.shape[:-1], codebook_size).bool()
+
+
+def guided_too_far(true):
+    return lambda dit, x, t, given, scale: true(dit, x, t, given, 1.1 * scale)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "broken", "message"),
+    [
+        (autoregressive, "unpack_support", everything_kept, "the ratio is not 1"),
+        (engine_module, "make_schedule", unshifted, "the schedule's sigmas"),
+        (decoder, "velocity", guided_too_far(decoder.velocity), "the engine's picture differs"),
+    ],
+)
+def test_a_run_with_a_broken_engine_does_not_start(
+    small_run, tmp_path, monkeypatch, place, name, broken, message
+):
+    monkeypatch.setattr(place, name, broken)
+    with pytest.raises(UserError, match=f"refuses to start: {message}"):
+        train(small_run("ar"))
+    assert not complete_checkpoints(tmp_path / "run")

@@ -1,10 +1,17 @@
 """The engine: parity with the stock pipeline, one distribution, no batch effects."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from duet.configs.errors import UserError
 from duet.configs.schema import SamplingConfig, SdeConfig
@@ -283,3 +290,48 @@ def test_a_size_is_of_whole_tokens(sides, message):
 def test_the_preview_keeps_the_aspect_ratio():
     assert text_grids(Size(64, 96)) == (Grid(13, 19), Grid(2, 3))
     assert text_grids(Size(1024, 1024)) == (Grid(16, 16), Grid(32, 32))
+
+
+def test_every_forward_runs_in_the_engines_autocast(pipeline):
+    parts = {
+        "ar": pipeline.vision_language_encoder,
+        "dit": pipeline.transformer,
+        "glyphs": pipeline.text_encoder,
+        "vae": pipeline.vae.decoder,
+    }
+    seen = {}
+
+    def listener(name):
+        def listen(*_):
+            seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+
+        return listen
+
+    with ExitStack() as stack:
+        for name, part in parts.items():
+            stack.callback(part.register_forward_pre_hook(listener(name)).remove)
+        engine = Engine(pipeline, SAMPLING, autocast=torch.bfloat16, progress=False)
+        assert seen == {"glyphs": {True}}
+        rollout = engine.rollout([Request(CARD, (1,), SIZE)], range(1, 2))[0]
+        assert seen == {name: {True} for name in parts}
+        seen.clear()
+        engine.score_tokens([rollout.tokens], parts["ar"])
+        engine.score_steps(rollout.latents, parts["dit"])
+        assert seen == {"ar": {True}, "dit": {True}}
+
+
+def test_the_cut_is_stock_generations():
+    """Temperature first, then top-k, then top-p, as transformers has it."""
+    logits = 3 * torch.randn(16, 256)
+    stock = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.5), TopKLogitsWarper(40), TopPLogitsWarper(0.9)]
+    )
+    sampling = SamplingConfig(64, 96, temperature=0.5, top_k=40, top_p=0.9)
+    made = autoregressive.draw(logits, torch.rand(16).double(), 256, sampling)
+    kept = autoregressive.unpack_support(made.support, 256)
+    assert torch.equal(kept, stock(None, logits).isfinite())
+
+
+def test_the_grid_written_last_reaches_the_dit(engine):
+    [rollout] = engine.rollout([Request(CARD, (1, 2), SIZE)])
+    assert torch.equal(rollout.prior, rollout.tokens.tokens[:, -SIZE.grid.count :])

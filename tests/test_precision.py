@@ -1,6 +1,7 @@
 """The shipped precision: bfloat16 trains, with the real configs' settings, and is one policy."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,12 +22,15 @@ from duet.inference.adapters import (
     save_adapter,
 )
 from duet.inference.engine import Engine, autocast_dtype
-from duet.inference.generate import choose_arithmetic
+from duet.inference.generate import choose_arithmetic, generate, parse
 from duet.inference.model import STOCK_GENERATION, generation_defaults, load_pipeline
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
+from duet.train import gate
 from duet.train.evaluation import evaluate
 from duet.train.policy import Policy
+from duet.train.setup import prepare
+from duet.train.stages import DecoderStage
 from duet.train.tiny.gaps import SHIPPED, make_bench, rescored, walk
 from duet.train.tuning import Lora
 from tests.conftest import CLIP, MODEL, ROOT, SAMPLING, SIZE, train
@@ -233,3 +237,97 @@ def test_final_generation_takes_what_stock_would(pipeline):
     assert named.top_k is None and named.top_p == 0.9
     found = generation_defaults(pipeline)
     assert (found["top_k"], found["top_p"], found["height"]) == (50, 0.9, 64)
+
+
+def test_generate_runs_in_the_adapters_arithmetic(tmp_path, monkeypatch):
+    trained = load_pipeline(str(MODEL))
+    part = PARTS["ar"]
+    add_adapter(part.module(trained), part, 2, 4.0)
+    save_adapter(
+        part.module(trained),
+        tmp_path,
+        AdapterInfo("ar", str(MODEL), Arithmetic("bfloat16", "bf16")),
+    )
+    engines = []
+    true = Engine.__init__
+
+    def init(self, *args, **kwargs):
+        true(self, *args, **kwargs)
+        engines.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", init)
+    common = [
+        "--model",
+        str(MODEL),
+        "--adapter",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    generate(parse(common), ["a card"])
+    generate(parse([*common, "--dtype", "float32"]), ["a card"])
+    told = [(e.pipeline.transformer.dtype, e.autocast) for e in engines]
+    assert told == [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
+
+
+@pytest.mark.parametrize("stage", ["ar", "decoder"])
+@pytest.mark.parametrize("precision", [[], SHIPPED], ids=["float32", "shipped"])
+def test_every_rollouts_second_update_is_off_ratio_one(small_run, stage, precision, tmp_path):
+    """Not the first rollout's alone: the old log-probs are those before each rollout's updates."""
+    overrides = ["optim.gradient_accumulation_steps=1", "optim.lr_scheduler_type=constant"]
+    train(small_run(stage, *precision, *overrides))
+    steps = metrics(tmp_path / "run")
+    assert len(steps) == 2
+    for step in steps:
+        assert step["ratio/min"] < 1 < step["ratio/max"]
+
+
+def test_a_run_takes_the_configs_arithmetic(small_run):
+    AcceleratorState._reset_state(True)
+    run = prepare(small_run("decoder", *SHIPPED))
+    assert run.stage.engine.autocast == torch.bfloat16
+    assert run.accelerator.mixed_precision == "bf16"
+    assert run.stage.engine.pipeline.transformer.dtype == torch.bfloat16
+
+
+def test_mixed_precision_alone_does_not_resume(small_run):
+    train(small_run("decoder", "train.max_steps=1"))
+    with pytest.raises(UserError, match="train.mixed_precision = 'bf16', but checkpoint"):
+        train(small_run("decoder", "train.resume=latest", "train.mixed_precision=bf16"))
+
+
+def test_evaluation_runs_in_the_configs_arithmetic(small_run, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a card"}) + "\n")
+    engines = []
+    true = Engine.__init__
+
+    def init(self, *args, **kwargs):
+        true(self, *args, **kwargs)
+        engines.append((self.pipeline.transformer.dtype, self.autocast))
+
+    monkeypatch.setattr(Engine, "__init__", init)
+    reward = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
+    config = small_run("decoder", *SHIPPED, f"data.eval={rows}", reward, "eval.rewards=[]")
+    evaluate(config, [], tmp_path / "report")
+    assert engines == [(torch.bfloat16, torch.bfloat16)]
+
+
+def test_the_trainers_ratio_is_weighed_by_the_samplers(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "check_gap", lambda *args: None)
+    made, true = [], DecoderStage.sampled
+    for shift in (0.0, 0.1):
+        monkeypatch.setattr(DecoderStage, "sampled", lambda s, r, d=shift: true(s, r) + d)
+        folder = tmp_path / str(shift)
+        train(
+            small_run(
+                "decoder", "grpo.old_logprobs=trainer", "train.max_steps=1", f"output_dir={folder}"
+            )
+        )
+        made.append(json.loads((folder / "metrics.jsonl").read_text()))
+    assert made[1]["sampling/importance_sampling_ratio/mean"] == pytest.approx(
+        math.exp(-0.1), rel=1e-3
+    )
+    assert made[1]["grad_norm"] == pytest.approx(math.exp(-0.1) * made[0]["grad_norm"], rel=1e-3)

@@ -1,5 +1,7 @@
 """Rewards: real OCR and towers, honest failures, nothing to be gained by cheating."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -189,3 +191,14 @@ def test_a_bad_answer_is_refused_by_name(reward, message):
 def test_a_reward_that_cannot_be_built_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         load_rewards([config])
+
+
+def test_the_working_directory_is_looked_in_last(tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text(
+        "class R:\n    def __call__(self, i):\n        return []\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = [p for p in sys.path if p not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", list(before))
+    load_reward(RewardConfig("my_own_reward.R"))
+    assert sys.path == [*before, str(tmp_path)]

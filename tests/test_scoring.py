@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,3 +222,17 @@ def test_what_pictures_look_like_is_measured():
     assert min(varied.values()) > 0
     spoiled = image_metrics([[noisy(CLEAN, 60), flat]])
     assert spoiled["images/sharpness"] > 3 * varied["images/sharpness"]
+
+
+def test_each_picture_is_scored_beside_its_own_prompt(rows):
+    groups = draw_groups(rows, 0, 0, 4, 2)
+    places = {group.row["prompt"]: float(n) for n, group in enumerate(groups)}
+    assert len(places) == 4
+    made = SimpleNamespace(images=(None, None))
+    sampled = sample_and_score(
+        lambda batch: [made] * len(batch),
+        groups,
+        Scorer({"place": lambda inputs: [places[i.row["prompt"]] for i in inputs]}, {}),
+        batch_size=4,
+    )
+    assert sampled.scores.trained["place"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from duet.configs.errors import UserError
-from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.configs.schema import OptimConfig, SamplingConfig, SdeConfig
 from duet.inference.adapters import add_adapter, load_adapter
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train.checkpoint import complete_checkpoints
+from duet.train.policy import learning_rate_factor
 from duet.train.prompts import draw_groups, shard
+from duet.train.setup import prepare
 from duet.train.stages import STAGES
 from tests.conftest import MODEL, SAMPLING, SIZE, train
 
@@ -347,3 +350,27 @@ def test_wandb_without_a_login_goes_offline(small_run, monkeypatch):
     prepare_trackers(small_run("ar", "train.trackers=[wandb]"))
     assert os.environ["WANDB_MODE"] == "offline"
     monkeypatch.delenv("WANDB_MODE")
+
+
+def test_the_gradient_is_clipped_and_told_unclipped(small_run, tmp_path):
+    train(small_run("decoder", "optim.max_grad_norm=1e-4", "train.max_steps=1"))
+    run = tmp_path / "run"
+    state = torch.load(run / "checkpoint-1" / "state" / "optimizer.bin", weights_only=True)["state"]
+    first = torch.cat([s["exp_avg"].flatten() for s in state.values()])
+    assert float(first.norm()) == pytest.approx(0.1 * 1e-4, rel=1e-2)
+    assert metrics(run)[0]["grad_norm"] > 2e-4
+
+
+def test_betas_and_weight_decay_reach_adam(small_run):
+    AcceleratorState._reset_state(True)
+    run = prepare(small_run("decoder", "optim.adam_beta1=0.5", "optim.weight_decay=0.25"))
+    [group] = run.policy.optimizer.param_groups
+    assert group["betas"][0] == 0.5 and group["weight_decay"] == 0.25
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    optim = OptimConfig(warmup_steps=3, lr_scheduler_type="linear")
+    made = [learning_rate_factor(optim, 8, n) for n in range(9)]
+    assert made == pytest.approx(
+        [1 / 4, 2 / 4 * 7 / 8, 3 / 4 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
+    )
