@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 test: install
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 # decoder stage, AR stage, then base, each checkpoint and both together on held-out prompts
 define pipeline

@@ -149,7 +149,7 @@ def train_ar(seed: int = 1, cards: int = 4000, steps: int = 2000, batch: int = 3
             first, last = losses[:, 0].mean(), losses[:, -large:].mean()
             progress.set_postfix(loss=f"{loss:.3f}", first=f"{first:.3f}", large=f"{last:.3f}")
     # what `duet.inference.generate` takes when nothing else is said
-    model.generation_config.temperature, model.generation_config.top_p = 1.0, 0.9
+    model.generation_config.update(do_sample=True, temperature=1.0, top_p=0.9)
     model.eval().save_pretrained(MODEL / "vision_language_encoder")
 
 
