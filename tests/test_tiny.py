@@ -21,7 +21,7 @@ from duet.configs.quotes import quoted_spans
 from duet.configs.rows import load_rows
 from duet.rewards.base import RewardInput
 from duet.rewards.ocr import Ocr
-from duet.train.tiny import decoder_pretraining, world
+from duet.train.tiny import decoder_pretraining, pretrain, world
 from duet.train.tiny.parts import size_mib
 from duet.train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
 from tests.conftest import MODEL, ROOT
@@ -99,3 +99,13 @@ def test_colour_obedience_counts_background_and_shapes():
 def test_rows_round_trip():
     card = sample_card(random.Random(2))
     assert Card.from_row(json.loads(json.dumps(card.to_row()))) == card
+
+
+def test_the_first_and_the_last_stage_of_the_model_run_on_fresh_parts(tmp_path, monkeypatch):
+    """What a rebuild meets, and no shipped file: parts that nothing has been saved of."""
+    monkeypatch.setattr(pretrain, "MODEL", tmp_path)
+    pretrain.build_codebook(cards=80, iterations=1)
+    pretrain.train_ar(cards=4, steps=2, batch=2)
+    rebuilt = GlmImagePipeline.from_pretrained(tmp_path)
+    config = rebuilt.vision_language_encoder.generation_config
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 1.0, 0.9)
