@@ -12,7 +12,7 @@ from duet.inference.engine import Engine
 from duet.inference.request import Request
 from duet.train import gate
 from duet.train.checkpoint import complete_checkpoints
-from duet.train.gap import Gap
+from duet.train.gap import Bounds, Gap
 from duet.train.stages import sampled_logprobs
 from duet.train.tiny.gaps import (
     BREAKAGES,
@@ -90,6 +90,17 @@ def test_one_token_nats_apart_does_not_decide():
     trainer[7] += 4
     gap = Gap.of(trainer, sampler)
     assert gap.max > 3.9 and abs(gap.mean_ratio - 1) < 1e-3 and abs(gap.sharpness) < 2e-3
+
+
+def test_a_small_groups_means_may_be_wider():
+    """506 tokens instead of 2,024: twice as wide, and no wider."""
+    bounds = Bounds(mean=1.0, p99=1.0)
+    sampler = -torch.rand(506, dtype=torch.float64)
+    ratios = {factor: Gap.of(sampler + factor * 0.006, sampler) for factor in (1.8, 2.2)}
+    assert not bounds.broken(ratios[1.8]) and bounds.broken(ratios[2.2])
+    whole = -torch.rand(4048, dtype=torch.float64)
+    assert bounds.broken(Gap.of(whole + 1.1 * 0.006, whole)), "more tokens: no narrower either"
+    assert not bounds.broken(Gap.of(whole + 0.9 * 0.006, whole))
 
 
 def test_the_figures_of_a_gap_by_hand():
