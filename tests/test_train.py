@@ -298,7 +298,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(small_run, tmp_path, monkeypa
         raise OSError("no space left")
 
     with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
-        broken.setattr("duet.train.policy.save_adapter", fills_the_disk)
+        broken.setattr("duet.train.tuning.save_adapter", fills_the_disk)
         train(small_run("decoder", "train.max_steps=1"))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     again = train(small_run("decoder", "train.max_steps=1", "train.resume=latest"))
