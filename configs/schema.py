@@ -107,8 +107,9 @@ class GrpoConfig(Section):
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("how actions are averaged", "grpo")
     importance_sampling_level: Literal["token", "sequence"] = setting("sequence: GSPO", "token")
     scale_rewards: Literal["group", "batch", "none", True, False] = setting(
-        "divide by the standard deviation of each group, of the whole rollout, or not at all; "
-        "true is group, false none",
+        "divide by the standard deviation of each group, of the whole rollout (with "
+        "normalize_then_sum of the groups' sums: GDPO's last step), or not at all; true is "
+        "group, false none",
         "group",
     )
     multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = setting(
