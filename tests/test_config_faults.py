@@ -2,12 +2,15 @@
 
 import datetime
 import os
+import subprocess
+import sys
 
 import pytest
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.schema import RewardConfig
+from duet.launch import rewards
 from duet.train.setup import prepare
 from tests.conftest import ROOT
 
@@ -280,6 +283,29 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     assert "No such file" in refusal(tmp_path / "gone.yaml")
     assert "cannot be read" in refusal("a\0b")
     assert "too long" in refusal("x" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("{name: ocr, name: fidelity}", "key 'name' stands twice"),
+        (DEEP, "nested deeper than 20 levels"),
+        ("{name: ocr, weight: 1e308}", "reward 'ocr'.weight = 1e+308 is out of range"),
+        ("{name: ocr, args: {a: .nan}}", "reward 'ocr'.args.a = nan is nothing that JSON holds"),
+        ('""', "reward ''.name = '' is out of range"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_reward_on_the_command_line_is_read_as_strictly(reward, message):
+    with pytest.raises(UserError) as caught:
+        rewards.main(["score", "x.png", "--prompt", "x", "--reward", reward])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_reader_that_goes_is_no_traceback():
+    command = f"{sys.executable} -m duet.launch.cli settings | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("stage  (ar | decoder; required)\n", "")
 
 
 @pytest.mark.parametrize("value", [datetime.date(2024, 1, 2), {1}, b"x", (1,), {1: 2}, object()])
