@@ -17,7 +17,10 @@ def read(text: str) -> object:
     try:
         loader = _Loader(text)  # looks for characters that YAML has not
         node = loader.get_single_node()
-        return None if node is None else _construct(loader, node)
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ValueError(_at(mark, error.problem or error.context)) from error
@@ -26,11 +29,6 @@ def read(text: str) -> object:
     finally:
         if loader is not None:
             loader.dispose()
-
-
-def _construct(loader: "_Loader", node: yaml.Node) -> object:
-    _count(node, {})
-    return loader.construct_document(node)
 
 
 def _at(mark: yaml.Mark, problem: str) -> str:
