@@ -1,5 +1,6 @@
 """What a user did wrong: one clear line and exit status 2."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,13 @@ def require_folder(name: str, path: Path) -> None:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command; a UserError becomes one line on stderr and exit status 2."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read us, as `| head` does, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         print(f"duet: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

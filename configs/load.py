@@ -8,14 +8,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
+from duet.configs import strict_yaml
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
+from duet.configs.setting import shown
+
+_MOST_BYTES = 2**17  # of a config
+_LISTS = "a list is given whole, as rewards='[{name: ocr, weight: 0.5}]'"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML; an override is `section.key=value`, its value YAML.
+    """Read a run's YAML; an override is `section.key=value`, its value YAML; the last one wins.
 
     Raises UserError for a missing file, broken YAML, an unknown key, a wrong type
     or a value out of range.
@@ -31,44 +34,64 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
     Raises UserError for a missing file, broken YAML, and for anything but a mapping.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {str(path)!r} is not YAML: {error}") from error
+    tree = parse(f"config {str(path)!r}", _text(path))
     if not isinstance(tree, dict):
         raise UserError(f"config {str(path)!r} holds no mapping: begin with `stage: ar`")
     return tree
 
 
+def parse(name: str, text: str) -> Any:
+    """The value of YAML that a user wrote; `name` says where. Raises UserError."""
+    try:
+        return strict_yaml.read(text)
+    except ValueError as error:
+        raise UserError(f"{name} is not YAML that Duet reads: {error}") from error
+
+
+def _text(path: str | Path) -> str:
+    name = f"config {shown(str(path))}"
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{name} is no file: name a YAML file")
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UserError(f"{name} is larger than {_MOST_BYTES:,} bytes: no config is")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: byte {error.start} cannot be read") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{name} cannot be read: {error}") from error
+
+
 def _apply(tree: dict, override: str) -> None:
-    name, equals, value = override.partition("=")
-    if not equals or not name:
-        raise UserError(f"override {override!r} is not section.key=value")
+    name, equals, text = override.partition("=")
     *sections, key = name.split(".")
+    if not equals or not all((*sections, key)):
+        raise UserError(f"override {shown(override)} is not section.key=value")
+    if "[" in name:
+        raise UserError(f"override {shown(override)}: {_LISTS}")
     for section in sections:
         if not isinstance(tree, dict):
             break
         tree = tree.setdefault(section, {})
     if not isinstance(tree, dict):
-        raise UserError(f"override {name!r} reaches into a value that has no keys")
-    try:
-        tree[key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not YAML") from error
+        raise UserError(f"override {shown(name)} reaches into a value that has no keys; {_LISTS}")
+    tree[key] = parse(f"override {shown(override)}", text)
 
 
 def build(kind: type, tree: Any, where: str) -> Any:
     """A dataclass from nested mappings; `where` is the dotted name for messages."""
     if not isinstance(tree, dict):
-        raise UserError(f"{where or 'the config'} = {tree!r} must be a mapping of keys")
+        raise UserError(f"{where or 'the config'} = {shown(tree)} must be a mapping of keys")
     known = {f.name: f for f in fields(kind)}
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise UserError(
-                f"unknown key {_join(where, key)!r}: did you mean {near[0]!r}? "
+                f"unknown key {shown(_join(where, key))}: did you mean {near[0]!r}? "
                 f"Allowed are {', '.join(known)}"
             )
     hints = get_type_hints(kind)
@@ -94,13 +117,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         # YAML 1.1 reads a bare `no` as False
         value = "no" if value is False and "no" in get_args(hint) else value
-        if value not in get_args(hint):
+        if not any(value == known and type(value) is type(known) for known in get_args(hint)):
             allowed = ", ".join(map(repr, get_args(hint)))
-            raise UserError(f"{where} = {value!r} is not allowed: choose one of {allowed}")
+            raise UserError(f"{where} = {shown(value)} is not allowed: choose one of {allowed}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise UserError(f"{where} = {value!r} must be a list")
+            raise UserError(f"{where} = {shown(value)} must be a list")
         return tuple(_convert(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         return _plain(dict, value, where)
@@ -111,18 +134,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _plain(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where} = {value!r} must be of type {kind.__name__}")
+        raise UserError(f"{where} = {shown(value)} must be of type {kind.__name__}")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     # YAML 1.1 reads 1e-4 as a string
     if not isinstance(value, int | float | str) or isinstance(value, bool):
-        raise UserError(f"{where} = {value!r} must be of type float")
+        raise UserError(f"{where} = {shown(value)} must be of type float")
     try:
         number = float(value)
+    except OverflowError:
+        number = math.inf
     except ValueError as error:
-        raise UserError(f"{where} = {value!r} must be of type float") from error
+        raise UserError(f"{where} = {shown(value)} must be of type float") from error
     if not math.isfinite(number):
-        raise UserError(f"{where} = {value!r} must be finite")
+        raise UserError(f"{where} = {shown(value)} must be finite")
     return number

@@ -1,25 +1,25 @@
-"""Every setting of a run, with its range. Imports no torch.
+"""Every setting of a run: its default, range and meaning (`duet settings` lists them).
 
-Option names are TRL's (GRPOConfig) where TRL has the option.
+Option names and meanings are TRL's (GRPOConfig) and transformers' where they have the option.
+Upper ends are far beyond honest use: they catch a slip of the hand. Imports no torch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from duet.configs.errors import UserError
+from duet.configs.reward_schema import RewardConfig, require_names_once
+from duet.configs.setting import Section, require, setting
 
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"{name} = {value!r} is out of range: allowed is {allowed}")
+_MANY = 1_000_000  # steps, samples: more than anybody waits for
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    path: str  # a local folder or a hub id, in the layout of GlmImagePipeline
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+class ModelConfig(Section):
+    title = "model"
+
+    path: str = setting("a local folder or a hub id, in the layout of GlmImagePipeline")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
 
 
 @dataclass(frozen=True)
@@ -40,209 +40,220 @@ AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    train: str  # JSONL rows: prompt, and what the rewards read (text, image, ...)
-    eval: str
+class DataConfig(Section):
+    title = "data"
+
+    train: str = setting("JSONL rows: prompt, and what the rewards read (text, image, ...)")
+    eval: str = setting("rows of the held-out prompts")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    height: int = 1024  # pixels
-    width: int = 1024
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.5
+class SamplingConfig(Section):
+    title = "sampling"
 
-    def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            _require(side > 0 and side % 32 == 0, f"sampling.{name}", side, "a multiple of 32")
-        _require(self.temperature >= 0, "sampling.temperature", self.temperature, ">= 0")
-        _require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0 (0 keeps all)")
-        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "0 < top_p <= 1")
-        steps = self.num_inference_steps
-        _require(1 <= steps <= 999, "sampling.num_inference_steps", steps, "1 to 999")
-        _require(self.guidance_scale >= 0, "sampling.guidance_scale", self.guidance_scale, ">= 0")
+    height: int = setting("pixels", 1024, least=32, most=8192, multiple_of=32)
+    width: int = setting("pixels", 1024, least=32, most=8192, multiple_of=32)
+    temperature: float = setting("of the AR; 0 takes the best token", 1.0, least=0, most=100)
+    top_k: int = setting("tokens to draw from; 0: all", 0, least=0, most=_MANY)
+    top_p: float = setting("probability of the tokens to draw from", 1.0, above=0, most=1)
+    num_inference_steps: int = setting("denoising steps", 50, least=1, most=999)
+    guidance_scale: float = setting("above 1 two forwards a step", 1.5, least=0, most=100)
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    num_generations: int = 8  # samples in a group
-    prompts_per_step: int = 8  # groups in a rollout, over all processes
-    batch_size: int = 16  # samples the engine runs at once, on one process
+class RolloutConfig(Section):
+    title = "rollout"
 
-    def __post_init__(self) -> None:
-        _require(self.num_generations >= 2, "rollout.num_generations", self.num_generations, ">= 2")
-        for name in ("prompts_per_step", "batch_size"):
-            _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
+    num_generations: int = setting("samples in a group", 8, least=2, most=10_000)
+    prompts_per_step: int = setting(
+        "groups in a rollout, over all processes", 8, least=1, most=_MANY
+    )
+    batch_size: int = setting(
+        "samples the engine runs at once, on one process", 16, least=1, most=_MANY
+    )
 
 
 @dataclass(frozen=True)
-class SdeConfig:
+class SdeConfig(Section):
     """Which denoising steps of a decoder rollout are actions, and how they are noised."""
 
-    kind: Literal["flow_sde", "cps"] = "flow_sde"
-    noise_level: float = 0.7  # a of Flow-SDE, eta of CPS
-    window_size: int = 2  # steps with noise; the others follow the ODE
-    window_start_max: int = 0  # the window's first step is drawn from 0..this, once a rollout
+    title = "sde"
 
-    def __post_init__(self) -> None:
-        _require(self.noise_level >= 0, "sde.noise_level", self.noise_level, ">= 0")
-        if self.kind == "cps":
-            _require(self.noise_level <= 1, "sde.noise_level", self.noise_level, "0 to 1 for cps")
-        _require(self.window_size >= 1, "sde.window_size", self.window_size, ">= 1")
-        _require(self.window_start_max >= 0, "sde.window_start_max", self.window_start_max, ">= 0")
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
-    epsilon_high: float | None = None  # and above 1 + epsilon_high (default: epsilon)
-    beta: float = 0.0  # weight of the KL to the reference (adapter off)
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence: GSPO
-    scale_rewards: bool = True  # divide by the group's standard deviation
-    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = (
-        "normalize_then_sum"
+    kind: Literal["flow_sde", "cps"] = setting("how a step is noised", "flow_sde")
+    noise_level: float = setting("a of Flow-SDE, eta of CPS (at most 1)", 0.7, least=0, most=100)
+    window_size: int = setting("steps with noise; the others follow the ODE", 2, least=1, most=998)
+    window_start_max: int = setting(
+        "the window's first step is drawn from 0 to this, once a rollout", 0, least=0, most=998
     )
-    num_iterations: int = 1  # passes over one rollout
-    # whose log-probs the ratio starts from. sampler: as recorded, no extra pass; trainer: the
-    # training forward's own, so that the ratio starts at exactly 1. auto: sampler in float32,
-    # where the two agree to rounding; trainer in low precision, where they part by nats
-    old_logprobs: Literal["auto", "sampler", "trainer"] = "auto"
-    importance_sampling_cap: float = 2.0  # of trainer over sampler (truncated importance weight)
 
     def __post_init__(self) -> None:
-        _require(0 < self.epsilon < 1, "grpo.epsilon", self.epsilon, "0 < epsilon < 1")
-        high = self.epsilon_high
-        _require(high is None or high > 0, "grpo.epsilon_high", high, "> 0")
-        _require(self.beta >= 0, "grpo.beta", self.beta, ">= 0")
-        _require(self.num_iterations >= 1, "grpo.num_iterations", self.num_iterations, ">= 1")
-        cap = self.importance_sampling_cap
-        _require(cap >= 1, "grpo.importance_sampling_cap", cap, ">= 1")
+        super().__post_init__()
+        fits = self.kind != "cps" or self.noise_level <= 1
+        require(fits, "sde.noise_level", self.noise_level, "0 to 1 for cps")
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    rank: int = 32
-    alpha: float = 64.0
-    target_modules: tuple[str, ...] = ()  # empty: attention and MLP of the trained module
+class GrpoConfig(Section):
+    title = "grpo"
+
+    epsilon: float = setting("the ratio is clipped below 1 - epsilon", 0.2, above=0, below=1)
+    epsilon_high: float | None = setting(
+        "and above 1 + epsilon_high; null: epsilon", None, above=0, most=_MANY
+    )
+    beta: float = setting("weight of the KL to the reference (adapter off)", 0.0, least=0, most=1e6)
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("how actions are averaged", "grpo")
+    importance_sampling_level: Literal["token", "sequence"] = setting("sequence: GSPO", "token")
+    scale_rewards: Literal["group", "batch", "none", True, False] = setting(
+        "divide by the standard deviation of each group, of the whole rollout (with "
+        "normalize_then_sum of the groups' sums: GDPO's last step), or not at all; true is "
+        "group, false none",
+        "group",
+    )
+    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = setting(
+        "rewards are scaled before they are summed (GDPO) or after", "normalize_then_sum"
+    )
+    num_iterations: int = setting("passes over one rollout", 1, least=1, most=1000)
+    old_logprobs: Literal["auto", "sampler", "trainer"] = setting(
+        "whose log-probs the ratio starts from. sampler: as recorded, no extra pass; trainer: the "
+        "training forward's own. auto: sampler in float32, where the two agree to rounding; "
+        "trainer in low precision, where they part by nats",
+        "auto",
+    )
+    importance_sampling_cap: float = setting(
+        "of the weight trainer / sampler, where old_logprobs is trainer", 2.0, least=1, most=_MANY
+    )
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", self.rank, ">= 1")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "> 0")
+        super().__post_init__()
+        named = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        object.__setattr__(self, "scale_rewards", named)  # as TRL reads its booleans
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    lr_scheduler_type: Literal["constant", "linear"] = "constant"  # linear: to 0 at the last step
-    warmup_steps: int = 0  # optimizer updates
-    max_grad_norm: float = 1.0
-    per_device_train_batch_size: int = 8  # samples in one backward pass
-    gradient_accumulation_steps: int = 1
+class LoraConfig(Section):
+    title = "lora"
+
+    rank: int = setting("of each layer's update", 32, least=1, most=65_536)
+    alpha: float = setting("the update is scaled by alpha / rank", 64.0, above=0, most=_MANY)
+    dropout: float = setting(
+        "of the adapter's inputs in an update; sampling and old log-probs know none: the ratio "
+        "is off 1 by it",
+        0.0,
+        least=0,
+        below=1,
+    )
+    target_modules: tuple[str, ...] = setting(
+        "names of layers; empty: attention and MLP of the trained module", ()
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    title = "optim"
+
+    learning_rate: float = setting("AdamW's", 1e-4, above=0, most=1e4)
+    weight_decay: float = setting("AdamW's", 0.0, least=0, most=100)
+    adam_beta1: float = setting("decay of the gradient's mean", 0.9, least=0, below=1)
+    adam_beta2: float = setting("decay of the gradient's square", 0.999, least=0, below=1)
+    adam_epsilon: float = setting(
+        "well below the gradients' root mean square, or it shrinks the steps", 1e-8, above=0, most=1
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
+        "after the warm-up; linear and cosine fall to 0 at the last update", "constant"
+    )
+    warmup_steps: int = setting(
+        "updates in which the learning rate rises from 0", 0, least=0, most=_MANY
+    )
+    warmup_ratio: float = setting("the same as a share of all updates", 0.0, least=0, below=1)
+    max_grad_norm: float = setting("a longer gradient is clipped", 1.0, above=0, most=1e9)
+    per_device_train_batch_size: int = setting(
+        "samples in one backward pass", 8, least=1, most=_MANY
+    )
+    gradient_accumulation_steps: int = setting(
+        "backward passes in an update", 1, least=1, most=_MANY
+    )
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "> 0")
-        for name in ("weight_decay", "warmup_steps"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "0 to 1")
-        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "> 0")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            _require(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), ">= 1")
+        super().__post_init__()
+        both = self.warmup_steps > 0 and self.warmup_ratio > 0
+        allowed = f"0 where optim.warmup_steps = {self.warmup_steps}: give one of the two"
+        require(not both, "optim.warmup_ratio", self.warmup_ratio, allowed)
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    name: str  # a built-in name, an entry point's name, or package.module.Class
-    weight: float = 1.0
-    args: dict[str, Any] = field(default_factory=dict)
-    view: Literal["full", "low", "high"] = "full"  # whole, an eighth of its sides, four crops
-    label: str = ""  # what metrics call it; needed to have one reward twice
+class TrainConfig(Section):
+    title = "train"
 
-    @property
-    def metric_name(self) -> str:
-        """`package.module.Sharp` is `Sharp`; another view than `full` is told."""
-        short = self.name.rpartition(".")[2]
-        return self.label or (short if self.view == "full" else f"{short}_{self.view}")
-
-
-def _require_names_once(name: str, rewards: Sequence[RewardConfig], allowed: str) -> None:
-    names = [r.metric_name for r in rewards]
-    _require(len(set(names)) == len(names), name, names, allowed)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    max_steps: int = 100  # rollouts
-    save_steps: int = 50
-    logging_images_steps: int = 10  # a grid of the rollout's images this often
-    resume: str | None = None  # "latest" or a checkpoint folder
-    max_not_scored: float = 0.5  # a step in which a reward leaves out a larger share ends the run
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "save_steps", "logging_images_steps"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
-        share = self.max_not_scored
-        _require(0 <= share <= 1, "train.max_not_scored", share, "0 to 1")
+    max_steps: int = setting("rollouts", 100, least=1, most=_MANY)
+    save_steps: int = setting("a checkpoint so often, and one at the end", 50, least=1, most=_MANY)
+    save_total_limit: int | None = setting(
+        "checkpoints that are kept, the newest ones and the one resumed from; null: all",
+        None,
+        least=1,
+        most=_MANY,
+    )
+    logging_images_steps: int = setting(
+        "a grid of the rollout's images so often", 10, least=1, most=_MANY
+    )
+    resume: str | None = setting("latest, or a checkpoint folder", None)
+    max_not_scored: float = setting(
+        "a step in which a reward leaves out a larger share ends the run", 0.5, least=0, most=1
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("autocast of every forward", "no")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting(
+        "besides metrics.jsonl, which is always written", ()
+    )
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    rewards: tuple[RewardConfig, ...] = ()  # measured besides the trained ones
-    images_per_prompt: int = 1
-    bootstrap_samples: int = 2000
-    confidence: float = 0.95
+class EvalConfig(Section):
+    title = "eval"
 
-    def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "bootstrap_samples"):
-            _require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), ">= 1")
-        _require(0 < self.confidence < 1, "eval.confidence", self.confidence, "between 0 and 1")
+    rewards: tuple[RewardConfig, ...] = setting("measured besides the trained ones", ())
+    images_per_prompt: int = setting("each with its own seed", 1, least=1, most=10_000)
+    bootstrap_samples: int = setting("of the intervals", 2000, least=1, most=_MANY)
+    confidence: float = setting("of the intervals", 0.95, above=0, below=1)
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class WatchConfig(Section):
     """Rewards that are measured on every rollout and never trained on."""
 
-    rewards: tuple[RewardConfig, ...] = ()
-    window: int = 5  # the means of the first and the last steps are compared
-    drop: float = 0.05  # share of its first mean that a watched reward may lose
-    stop: bool = False  # end the run with a checkpoint when the alarm rings
+    title = "watch"
+
+    rewards: tuple[RewardConfig, ...] = setting("measured on every rollout, never trained on", ())
+    window: int = setting(
+        "the means of so many first and last steps are compared", 5, least=1, most=_MANY
+    )
+    drop: float = setting(
+        "share of its first mean that a watched reward may lose", 0.05, above=0, most=1000
+    )
+    stop: bool = setting("end the run with a checkpoint when the alarm rings", False)
 
     def __post_init__(self) -> None:
-        _require(self.window >= 1, "watch.window", self.window, ">= 1")
-        _require(self.drop > 0, "watch.drop", self.drop, "> 0")
-        _require_names_once("watch.rewards", self.rewards, "every name once")
-        _require(
-            bool(self.rewards) or not self.stop, "watch.stop", True, "false without watch.rewards"
-        )
+        super().__post_init__()
+        require_names_once("watch.rewards", self.rewards, "every name once")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    stage: Literal["ar", "decoder"]
-    model: ModelConfig
-    data: DataConfig
-    rewards: tuple[RewardConfig, ...]
-    output_dir: str
-    seed: int = 0
-    sampling: SamplingConfig = SamplingConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    sde: SdeConfig = SdeConfig()
-    grpo: GrpoConfig = GrpoConfig()
-    lora: LoraConfig = LoraConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    watch: WatchConfig = WatchConfig()
+class RunConfig(Section):
+    title = ""
+
+    stage: Literal["ar", "decoder"] = setting("the part that is trained")
+    model: ModelConfig = setting("what is trained")
+    data: DataConfig = setting("prompts")
+    rewards: tuple[RewardConfig, ...] = setting("what is trained on")
+    output_dir: str = setting("folder of the run")
+    seed: int = setting("of prompts, noise and tokens", 0, least=0, most=2**32 - 1)
+    sampling: SamplingConfig = setting("how pictures are sampled", SamplingConfig())
+    rollout: RolloutConfig = setting("how many", RolloutConfig())
+    sde: SdeConfig = setting("the decoder's noise", SdeConfig())
+    grpo: GrpoConfig = setting("the objective", GrpoConfig())
+    lora: LoraConfig = setting("the trained weights", LoraConfig())
+    optim: OptimConfig = setting("the updates", OptimConfig())
+    train: TrainConfig = setting("the run", TrainConfig())
+    eval: EvalConfig = setting("the evaluation", EvalConfig())
+    watch: WatchConfig = setting("against reward hacking", WatchConfig())
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -256,22 +267,28 @@ class RunConfig:
         return "sampler" if self.arithmetic.precision == "float32" else "trainer"
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
-        _require(len(self.rewards) > 0, "rewards", [], "at least one reward")
-        _require_names_once("rewards", self.rewards, "every name once: give a label")
-        _require_names_once(
+        super().__post_init__()
+        require(len(self.rewards) > 0, "rewards", [], "at least one reward")
+        require_names_once("rewards", self.rewards, "every name once: give a label")
+        require_names_once(
             "rewards and eval.rewards",
             (*self.rewards, *self.eval.rewards),
             "every name once: an evaluation has the trained rewards anyway; give others a label",
         )
+
+    def require_trainable(self) -> None:
+        """Raises UserError for sections that do not go together in training.
+
+        An evaluation asks for none of it.
+        """
+        watched = bool(self.watch.rewards) or not self.watch.stop
+        require(watched, "watch.stop", True, "false without watch.rewards")
         if self.stage == "ar":
             temperature = self.sampling.temperature
-            _require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")
-        else:
-            _require(self.sde.noise_level > 0, "sde.noise_level", self.sde.noise_level, "> 0")
-            last = self.sde.window_start_max + self.sde.window_size
-            steps = self.sampling.num_inference_steps
-            allowed = (
-                f"at most num_inference_steps - 1 = {steps - 1}: the last step follows the ODE"
-            )
-            _require(last < steps, "sde.window_start_max + sde.window_size", last, allowed)
+            require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")
+            return
+        require(self.sde.noise_level > 0, "sde.noise_level", self.sde.noise_level, "> 0")
+        last = self.sde.window_start_max + self.sde.window_size
+        steps = self.sampling.num_inference_steps
+        allowed = f"at most num_inference_steps - 1 = {steps - 1}: the last step follows the ODE"
+        require(last < steps, "sde.window_start_max + sde.window_size", last, allowed)

@@ -33,18 +33,26 @@ class AdapterInfo:
 
 
 def add_adapter(
-    module: Module, part: Part, rank: int, alpha: float, targets: Sequence[str] = ()
+    module: Module,
+    part: Part,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = (),
+    dropout: float = 0.0,
 ) -> None:
     """Put a fresh LoRA (B = 0: no change yet) on the module; only it requires gradients.
+
+    It is in eval mode as the module is: nothing drops before training says so.
 
     Raises UserError when no module bears a target's name.
     """
     names = list(targets or part.lora_targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=dropout)
     try:
         module.add_adapter(config)
     except ValueError as error:
         raise UserError(f"lora.target_modules = {names} fits no layer: {error}") from error
+    module.eval()
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW needs float32 masters

@@ -1,7 +1,8 @@
-"""`duet train | generate | evaluate | rewards`: the modules' commands by a shorter name."""
+"""`duet train | generate | evaluate | rewards | settings`: the modules' commands, shorter."""
 
 import importlib
 import sys
+from importlib.metadata import version
 
 from duet.configs.errors import UserError, exit_on_user_error
 
@@ -13,6 +14,7 @@ _COMMANDS = {
     "generate": ("duet.inference.generate", "pictures from prompts"),
     "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
     "rewards": ("duet.launch.rewards", "list rewards, score pictures, serve other processes"),
+    "settings": ("duet.launch.settings", "every setting: type, range, default, meaning"),
 }
 
 
@@ -23,9 +25,12 @@ def main() -> None:
 def _run() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: duet COMMAND ...\n")
+        print("usage: duet COMMAND ... | --version\n")
         for name, (_, purpose) in _COMMANDS.items():
             print(f"  {name:<10} {purpose}")
+        return
+    if arguments == ["--version"]:
+        print(f"duet {version('duet')}")
         return
     name, *rest = arguments
     if name not in _COMMANDS:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.load import build, read_tree
+from duet.configs.load import build, parse, read_tree
 from duet.configs.rows import PICTURES
 from duet.configs.schema import RewardConfig, RunConfig
+from duet.configs.setting import shown
 from duet.rewards.base import RewardInput, score
 from duet.rewards.catalogue import catalogue
 from duet.rewards.registry import load_rewards
@@ -75,10 +75,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _reward(text: str, where: str) -> RewardConfig:
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} = {text!r} is neither a name nor YAML") from error
+    tree = parse(f"{where} = {shown(text)}", text)
     return RewardConfig(tree) if isinstance(tree, str) else build(RewardConfig, tree, where)
 
 

@@ -45,9 +45,52 @@ def test_without_scaling_only_the_mean_is_taken_off():
         torch.tensor([[1.0], [4.0]]),
         ONE,
         torch.zeros(2).long(),
-        config=GrpoConfig(scale_rewards=False),
+        config=GrpoConfig(scale_rewards="none"),
     )
     assert result.values.tolist() == pytest.approx([-1.5, 1.5])
+
+
+def trl_advantages(rewards_per_func, weights, generations, aggregation, scale):
+    """GRPOTrainer's formulas in TRL, by hand: groups one after another, nothing left out."""
+    groups = rewards_per_func.unflatten(0, (-1, generations))  # [groups, G, R]
+    if aggregation == "sum_then_normalize":
+        sums = (groups * weights).sum(-1)
+        std = sums.std() if scale == "batch" else sums.std(1, keepdim=True)
+        centred = sums - sums.mean(1, keepdim=True)
+        return (centred if scale == "none" else centred / (std + 1e-4)).flatten()
+    normalised = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    sums = (normalised * weights).sum(-1).flatten()
+    return (sums - sums.mean()) / (sums.std() + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "scale"),
+    [
+        ("sum_then_normalize", "group"),
+        ("sum_then_normalize", "batch"),
+        ("sum_then_normalize", "none"),
+        ("normalize_then_sum", "batch"),
+    ],
+)
+def test_advantages_are_trls(aggregation, scale):
+    scores, weights = torch.rand(12, 2) * torch.tensor([1.0, 30.0]), torch.tensor([1.0, 0.5])
+    order = torch.randperm(12)
+    ids = torch.arange(3).repeat_interleave(4)
+    config = GrpoConfig(scale_rewards=scale, multi_objective_aggregation=aggregation)
+    made = group_advantages(scores[order], weights, ids[order], config).values
+    expected = trl_advantages(scores, weights, 4, aggregation, scale)
+    assert torch.allclose(made, expected[order], atol=1e-5)
+
+
+def test_a_batch_in_which_nothing_differs_gives_zero_and_nan_is_left_out():
+    ids = torch.tensor([0, 0, 1, 1])
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        config = GrpoConfig(scale_rewards="batch", multi_objective_aggregation=aggregation)
+        flat = group_advantages(torch.ones(4, 1), ONE, ids, config).values
+        assert flat.tolist() == [0, 0, 0, 0]
+        some = torch.tensor([[1.0], [3.0], [NAN], [2.0]])
+        values = group_advantages(some, ONE, ids, config).values
+        assert values[0] == -values[1] < 0 and values[2:].tolist() == [0, 0]
 
 
 def test_nan_leaves_the_sample_out_and_is_no_zero():

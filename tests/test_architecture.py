@@ -80,6 +80,7 @@ def test_no_utils_and_a_tidy_top_level():
         "tests",
         "pyproject.toml",
         "README.md",
+        "LICENSE",
         "Makefile",
         "runs",
         "duet.egg-info",

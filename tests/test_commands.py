@@ -71,6 +71,7 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
         "duet.train.evaluate",
         TINY,
         *small,
+        "sde.window_size=99",  # training alone would mind
         "--checkpoint",
         checkpoint,
         "--output",

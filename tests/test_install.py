@@ -37,7 +37,7 @@ def source(tmp_path_factory) -> Path:
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in names.split("\0"):
-        if (ROOT / name).is_file() and name.split("/")[0] in (*ROOMS, "pyproject.toml"):
+        if (ROOT / name).is_file() and name.split("/")[0] in (*ROOMS, "pyproject.toml", "LICENSE"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     return folder
@@ -88,6 +88,12 @@ def test_every_module_and_its_data_are_installed(source, environment):
     assert not [name for name in sorted(wanted) if not (duet / name).is_file()]
 
 
+def test_the_licence_is_installed(environment):
+    [told] = site_packages(environment).glob("duet-*.dist-info")
+    assert "License-Expression: Apache-2.0" in (told / "METADATA").read_text()
+    assert (told / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
 def test_modules_are_the_installed_ones(environment, run):
     folder = site_packages(environment)
     files = sorted((folder / "duet").rglob("*.py"))
@@ -102,6 +108,8 @@ def test_modules_are_the_installed_ones(environment, run):
     [
         "duet --help",
         "duet train --help",
+        "duet settings",
+        "duet --version",
         "duet evaluate --help",
         "duet generate --help",
         "duet rewards list",
@@ -113,7 +121,8 @@ def test_modules_are_the_installed_ones(environment, run):
 )
 def test_commands_run_beside_files_of_their_names(run, command):
     printed = run(*command.split())
-    assert "usage: duet" in printed or "what it measures" in printed
+    expected = {"duet settings": "seed  (int", "duet --version": "duet 0."}
+    assert expected.get(command, "usage: duet") in printed or "what it measures" in printed
 
 
 @pytest.mark.parametrize("command", ["duet", "python -m duet.launch.cli"])

@@ -89,7 +89,7 @@ MISTAKES = {
     "unknown reward": (["score", *ASKED, "--reward", "orc"], "reward 'orc' is unknown: allowed are"),
     "unknown key": (["score", *ASKED, "--reward", "{nam: ocr}"], "unknown key '--reward[0].nam'"),
     "unknown argument": (["score", *ASKED, "--reward", f"{{name: {SEES}, args: {{x: 1}}}}"], "cannot be built"),
-    "not YAML": (["score", *ASKED, "--reward", "{name"], "is neither a name nor YAML"),
+    "not YAML": (["score", *ASKED, "--reward", "{name"], "is not YAML"),
     "a number": (["score", *ASKED, "--reward", "3"], "--reward[0] = 3 must be a mapping"),
     "twice": (["score", *ASKED, "--reward", SEES, "--reward", SEES], "every name once: give a label"),
     "missing picture": (["score", "gone.png", "--prompt", "a", "--reward", SEES], "'gone.png' cannot be read"),

@@ -26,25 +26,43 @@ def group_advantages(
 ) -> Advantages:
     """Scores [B, R] (NaN: not scored), weights [R], integer group ids [B] -> advantages [B].
 
+    B: the whole step's samples, of all processes.
+
     `normalize_then_sum`: each reward is normalised within its group, then weighted and
-    summed; `sum_then_normalize` sums the weighted rewards before. A NaN leaves the sample
-    out of that reward's statistics and adds nothing to its advantage; with
-    the latter the sample is left out as a whole, its sum being unknown. A group
-    without spread gets 0.
+    summed (GDPO, arXiv 2601.05242); `sum_then_normalize` sums the weighted rewards before. A
+    NaN leaves the sample out of that reward's statistics and adds nothing to its advantage;
+    with the latter the sample is left out as a whole, its sum being unknown. A group without
+    spread gets 0.
+
+    `scale_rewards: batch` divides by the standard deviation over the step: with
+    `sum_then_normalize` that of the summed rewards, with `normalize_then_sum` that of the
+    sums, GDPO's last step. TRL takes that step always. Here it is asked for: the sums have
+    mean 0 already, so it is one factor for all samples, which Adam takes out again; but where
+    few groups have spread it blows these up, against the KL and the clipped gradient.
     """
     scores = scores.float()
     if config.multi_objective_aggregation == "sum_then_normalize":
         scores = weighted(scores, weights).sum(-1, keepdim=True)  # NaN stays NaN
         weights = torch.ones(1)
-    values = torch.zeros(len(scores))
+    values, by_group = torch.zeros(len(scores)), config.scale_rewards == "group"
+    if config.scale_rewards == "batch":
+        by_group = config.multi_objective_aggregation == "normalize_then_sum"
     groups = group_ids.unique()
     flat_groups = 0
     for group in groups:
         members = group_ids == group
-        normalised, spread = _normalise(scores[members], config.scale_rewards)
+        normalised, spread = _normalise(scores[members], by_group)
         values[members] = (normalised * weights).sum(-1)
         flat_groups += not bool((spread & (weights != 0)).any())
+    if config.scale_rewards == "batch":
+        values = values / (_std(values if by_group else scores[:, 0]) + _EPSILON)
     return Advantages(values, flat_groups / len(groups))
+
+
+def _std(values: Tensor) -> Tensor:
+    """Unbiased, of what was scored; 0 for fewer than two."""
+    scored = values[~values.isnan()]
+    return scored.std() if len(scored) > 1 else torch.tensor(0.0)
 
 
 def weighted(scores: Tensor, weights: Tensor) -> Tensor:

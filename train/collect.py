@@ -23,6 +23,10 @@ class Collected:
     all_scores: Scores  # of all processes
     all_group_ids: Tensor
 
+    def own(self, values: Tensor) -> Tensor:
+        """This process's samples of one value a sample of all."""
+        return values[torch.isin(self.all_group_ids, self.group_ids)]
+
     @property
     def rollouts(self) -> list[Rollout]:
         return self.sampled.rollouts

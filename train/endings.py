@@ -8,13 +8,17 @@ from tqdm import tqdm
 from duet.configs.errors import UserError
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import Collected
+from duet.train.retention import remove_old
 from duet.train.setup import Run
 from duet.train.watch import Watch
 
 
 def save(run: Run, done: int) -> Path:
     """The checkpoint after `done` rollouts, written unless it is there already."""
-    return save_checkpoint(run.policy, run.config, done)
+    saved = save_checkpoint(run.policy, run.config, done)
+    if run.accelerator.is_main_process:
+        remove_old(saved.parent, run.config.train.save_total_limit, run.start.checkpoint)
+    return saved
 
 
 def require_scores(run: Run, collected: Collected, step: int) -> None:

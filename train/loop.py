@@ -31,9 +31,10 @@ def train(config: RunConfig) -> Path:
     for step in bar:
         collected = collect(run, step)
         require_scores(run, collected, step)
-        scores, ids = collected.sampled.scores.table, collected.group_ids
+        scores, ids = collected.all_scores.table, collected.all_group_ids
         advantages = group_advantages(scores, run.weights, ids, config.grpo)
-        learned = learn(run, collected.rollouts, advantages.values, first=step == steps.start)
+        own = collected.own(advantages.values)
+        learned = learn(run, collected.rollouts, own, first=step == steps.start)
         metrics = step_metrics(run, collected, advantages, learned)
         metrics |= watch(metrics)
         log.write(metrics, collected.rollouts, step + 1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from duet.configs.errors import UserError
 from duet.configs.schema import OptimConfig
+from duet.train.dropout import lora_dropout
+from duet.train.schedule import make_schedule
 from duet.train.tuning import Tuning
 
 _STATE = "state"  # optimizer, scheduler and RNG, as accelerate writes them
@@ -40,9 +40,10 @@ class Policy:
             self.trained,
             lr=optim.learning_rate,
             betas=(optim.adam_beta1, optim.adam_beta2),
+            eps=optim.adam_epsilon,
             weight_decay=optim.weight_decay,
         )
-        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, optim, updates))
+        scheduler = make_schedule(optimizer, optim, updates)
         self.module, self.optimizer, self.scheduler = accelerator.prepare(
             module, optimizer, scheduler
         )
@@ -55,6 +56,12 @@ class Policy:
         """While open, the pipeline's own module is the policy to sample with, unwrapped."""
         with torch.no_grad():
             yield
+
+    @contextmanager
+    def training(self) -> Iterator[Module]:
+        """The module to run an update's forward through, its adapter's dropout on."""
+        with lora_dropout(self.inner):
+            yield self.module
 
     @contextmanager
     def reference(self) -> Iterator[Module]:
@@ -97,11 +104,3 @@ class Policy:
             raise UserError(
                 f"checkpoint {str(folder)!r} is damaged ({reason}): resume from another"
             ) from error
-
-
-def learning_rate_factor(optim: OptimConfig, updates: int, update: int) -> float:
-    """Warm-up, then constant, or linear to 0 after the run's `updates`."""
-    factor = min(1.0, (update + 1) / (optim.warmup_steps + 1))
-    if optim.lr_scheduler_type == "linear":
-        factor *= max(0.0, 1 - update / updates)
-    return factor

@@ -49,6 +49,7 @@ def prepare(config: RunConfig) -> Run:
 
     Raises UserError for anything the user can mend.
     """
+    config.require_trainable()
     rows = load_rows(config.data.train)
     load_rows(config.data.eval)
     accelerator = _accelerator(config)

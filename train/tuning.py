@@ -37,7 +37,14 @@ class Lora:
 
     def attach(self, module: Module) -> None:
         config = self.config
-        add_adapter(module, self.info.part, config.rank, config.alpha, config.target_modules)
+        add_adapter(
+            module,
+            self.info.part,
+            config.rank,
+            config.alpha,
+            config.target_modules,
+            config.dropout,
+        )
 
     def reference(self, module: Module) -> AbstractContextManager[None]:
         return adapter_disabled(module)

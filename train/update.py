@@ -55,7 +55,7 @@ def update(
     """`num_iterations` passes over the rollout in micro-batches; metrics over all processes.
 
     `rescored`: what `rescore` gave, where the ratio starts from the trainer's log-probs and a
-    rollout has several updates. A single one's own forward is the trainer's.
+    rollout has several updates, or dropout. A single one's own forward is the trainer's.
     """
     accelerator, policy, grpo = run.accelerator, run.policy, run.config.grpo
     device = accelerator.device
@@ -69,7 +69,8 @@ def update(
     schedule = [(p, b) for p in range(grpo.num_iterations) for b in batches]
     for passed, batch in tqdm(schedule, desc="update", leave=False, disable=not run.shows):
         with accelerator.accumulate(policy.module):
-            scored = run.stage.score(batch.rollouts, policy.module)
+            with policy.training() as module:
+                scored = run.stage.score(batch.rollouts, module)
             old, weight = sampled[batch.index], None
             if trainer:
                 first = scored.logprobs.detach()
