@@ -41,9 +41,10 @@ def require_apart(answers: Sequence[Answer]) -> None:
     spread = float(np.std(scored)) if len(scored) else 0.0
     moved = np.abs(scored - scored.astype(np.float32)).max(initial=0.0)
     if spread > _COUNTS and moved > _BLUR * spread:
+        low, high = float(scored.min()), float(scored.max())
         raise BadAnswer(
-            f"answered {scored.min()!r} to {scored.max()!r} for one prompt, which float32 does "
-            "not hold apart: subtract what they have in common"
+            f"answered {low!r} to {high!r} for one prompt, which float32 does not hold apart: "
+            "subtract what they have in common"
         )
 
 

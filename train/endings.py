@@ -31,8 +31,9 @@ def require_scores(run: Run, collected: Collected, step: int) -> None:
         if not (applies.isnan() | ((applies * weight).abs() <= LARGEST)).all():
             saved = save(run, step)
             raise UserError(
-                f"reward {name!r}: its scores times its weight {float(weight):g} are beyond "
-                f"{LARGEST:g}: give a smaller weight, then go on from {saved} with train.resume=latest"
+                f"reward {name!r}: its scores times its weight {float(weight):g} are "
+                f"beyond {LARGEST:g}: give a smaller weight, then go on from {saved} "
+                "with train.resume=latest"
             )
         share = float(applies.isnan().float().mean()) if len(applies) else 0.0
         if share > allowed:

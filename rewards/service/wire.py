@@ -7,8 +7,9 @@
                       null: does not apply; "nan": could not be scored
     any other status  {"error": "one line"}
 
-    GET /health       {"version": 2, "ready": true, "authorised": true,   its weights; this request's token
+    GET /health       {"version": 2, "ready": true, "authorised": true,
                        "rewards": {"ocr": {"whole_groups": false}}}
+                      whether weights are loaded; whether this request has the token
 
 The row's own pictures travel as the reward would see them (`RewardInput.picture`); the
 paths that named them stay at home. Version 1 told none, and had null for what was not scored.
@@ -128,7 +129,7 @@ def _score(value: Any) -> Answer:
         return math.nan
     if type(value) not in (int, float) or abs(value) > sys.float_info.max:
         raise WireError(
-            f"{str(value)[:40]!r} is no score: finite numbers, null and '{NOT_SCORED}' are"
+            f"{str(value)[:40]!r} is no score: finite numbers, null and {NOT_SCORED} are"
         )
     return float(value)
 
