@@ -71,6 +71,8 @@ def _read(value: Any, index: int) -> Answer:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Real):
+        return f"{value!r:.40}"
     shape = getattr(value, "shape", ())
     told = f"of shape {tuple(shape)}" if shape else f"{value!r:.40}"
     return f"a {type(value).__name__} {told}"

@@ -52,7 +52,8 @@ def _read_request(connection: socket.socket) -> bytes:
     while b"\r\n\r\n" not in data:
         data += connection.recv(65536)
     head, _, body = data.partition(b"\r\n\r\n")
-    length = next(int(h[15:]) for h in head.lower().split(b"\r\n") if h[:15] == b"content-length:")
+    lines = head.lower().split(b"\r\n")
+    length = next((int(h[15:]) for h in lines if h[:15] == b"content-length:"), 0)
     while len(body) < length:
         body += connection.recv(65536)
     return head + body

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -24,7 +25,8 @@ from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward, load_rewards
 from duet.rewards.service.remote import Remote
-from tests.bad_server import nobody
+from duet.rewards.service.wire import decode_scores, encode_scores
+from tests.bad_server import bad_server, nobody, reply
 from tests.conftest import CLIP, ROOT
 
 TOKEN = "correct horse"
@@ -130,6 +132,21 @@ def test_none_travels_and_a_source_picture_too(url, inputs, caplog):
     scores = remote(url, "HasSource")([*edits, inputs[2]])
     assert scores == [1, 1, None]
     assert not caplog.records
+
+
+def test_what_failed_and_what_does_not_apply_travel_apart():
+    told = json.dumps(encode_scores([0.5, None, math.nan])).encode()
+    number, none, failed = decode_scores(told, 3)
+    assert (number, none) == (0.5, None) and math.isnan(failed)
+
+
+def test_a_peer_of_another_version_is_told_in_one_line():
+    old = reply(
+        b'{"ready": true, "authorised": true, "rewards": {"Sees": {"whole_groups": false}}}'
+    )
+    with bad_server(old) as (address, _), pytest.raises(UserError) as told:
+        remote(address, "Sees", **QUICK)
+    assert "the health page is in version 1 of the wire form, and here it is 2" in str(told.value)
 
 
 def test_whole_groups_stay_whole(url, inputs):
