@@ -124,6 +124,8 @@ class _Mark:
 
     @property
     def _elided(self) -> bool:
+        if re.fullmatch("['’‘]n", self.text[max(0, self.place - 2) : self.place], re.IGNORECASE):
+            return True
         found = _ELIDED.match(self.text, self.place + 1)
         if not found or self.sign not in _SINGLE:
             return False
