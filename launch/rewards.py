@@ -70,7 +70,7 @@ def _score(options: argparse.Namespace) -> None:
     }
     lines = [("image", *columns)]
     for path, scores in zip(options.images, zip(*columns.values(), strict=True), strict=True):
-        lines.append((path, *(f"{s:.4f}" for s in scores)))
+        lines.append((path, *("n/a" if s is None else f"{s:.4f}" for s in scores)))
     print(_table(lines, options.markdown))
 
 

@@ -1,13 +1,13 @@
-"""What a reward is: a batch of (image, prompt, row) in, one float a sample out.
+"""What a reward is: a batch of (image, prompt, row) in, one float or None a sample out.
 
 class Brightness:
     def __call__(self, inputs):
         return [ImageStat.Stat(i.image.convert("L")).mean[0] / 255 for i in inputs]
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from duet.configs.errors import UserError
 from duet.configs.rows import read_picture
+from duet.rewards.answers import Answer, BadAnswer, read_answers, require_apart
 
 
 def _whole(image: Image.Image) -> Image.Image:
@@ -43,52 +44,56 @@ class RewardInput:
 
 
 class Reward(Protocol):
-    """Scores a batch. NaN means: this sample could not be scored (never 0 for that).
+    """Scores a batch, as TRL's do. None: the reward does not apply to this sample (no text asked
+    for, no reference). NaN: the sample could not be scored (never 0 for that).
 
+    What it is given is its own: it may change pictures and rows.
     Two things are optional. `load()` reads weights: the constructor stays cheap, and a
     run calls it before the first rollout. `whole_groups = True` asks to be called with
     exactly the samples of one prompt, to compare them with each other.
     """
 
-    def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[float]: ...
+    def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[Answer]: ...
 
 
 def score(
     reward: Reward, name: str, inputs: Sequence[RewardInput], group_sizes: Sequence[int]
-) -> list[float]:
-    """Call a reward and check its answer: float or NaN, one a sample.
+) -> list[Answer]:
+    """Call a reward and check its answer: float, NaN or None, one a sample.
 
     `group_sizes`: how many consecutive samples belong to each prompt.
-    Raises UserError when the reward raises, answers for the wrong count, or with
-    something that is no float or infinite.
+    Raises UserError when the reward raises, answers for the wrong count, with
+    something that is no float or infinite, or with what float32 does not hold apart.
     """
     assert sum(group_sizes) == len(inputs)
-    if not getattr(reward, "whole_groups", False):
-        return _score_batch(reward, name, inputs)
     ends = [sum(group_sizes[:i]) for i in range(len(group_sizes) + 1)]
-    return [s for a, b in pairwise(ends) for s in _score_batch(reward, name, inputs[a:b])]
-
-
-def _score_batch(reward: Reward, name: str, inputs: Sequence[RewardInput]) -> list[float]:
     try:
-        answer = list(reward(inputs))
-    except UserError:
+        if getattr(reward, "whole_groups", False):
+            parts = [_score_batch(reward, name, inputs[a:b]) for a, b in pairwise(ends)]
+            answers = [answer for part in parts for answer in part]
+        else:
+            answers = _score_batch(reward, name, inputs)
+        for a, b in pairwise(ends):
+            require_apart(answers[a:b])
+    except BadAnswer as error:
+        raise UserError(f"reward {name!r} {error}") from error
+    return answers
+
+
+def _score_batch(reward: Reward, name: str, inputs: Sequence[RewardInput]) -> list[Answer]:
+    try:
+        answers = reward(own_copies(inputs))
+    except (UserError, BadAnswer):
         raise
-    except Exception as error:  # a plug-in may raise anything; its name must be told
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything; its name must be told
         raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    if len(answer) != len(inputs):
-        raise UserError(
-            f"reward {name!r} answered {len(answer)} scores for {len(inputs)} samples: "
-            "return one float a sample, NaN where there is no score"
-        )
-    try:
-        scores = [float(value) for value in answer]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward {name!r} answered something that is no float: {error}") from error
-    for index, value in enumerate(scores):
-        if math.isinf(value):
-            raise UserError(
-                f"reward {name!r} answered {value} for sample {index}: "
-                "return a finite float, or NaN where there is no score"
-            )
-    return scores
+    return read_answers(answers, len(inputs))
+
+
+def own_copies(inputs: Sequence[RewardInput]) -> list[RewardInput]:
+    """The same to look at; what one reward does to it, no other sees. Samples share their row."""
+    rows = deepcopy([item.row for item in inputs])
+    return [
+        replace(item, image=item.image.copy(), row=row)
+        for item, row in zip(inputs, rows, strict=True)
+    ]

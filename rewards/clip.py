@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duet.configs.errors import UserError
+from duet.rewards.long_prompts import embed_long
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -22,7 +23,7 @@ class Tower:
 
     model: torch.nn.Module
     preprocess: Callable[[Image.Image], Tensor]
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Callable[..., Tensor]  # texts, context_length
     device: torch.device
     dtype: torch.dtype
 
@@ -57,8 +58,16 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """L2-normalised embeddings [B, D], float32."""
-        return self._embed(self.tower.model.encode_text, self._tokens, texts)
+        """L2-normalised embeddings [B, D], float32; long texts as `embed_long` has them."""
+        encode = self.tower.model.encode_text
+        return embed_long(texts, self._fits, lambda t: self._embed(encode, self._tokens, t))
+
+    def _fits(self, text: str) -> bool:
+        """Whether room for one more token changes nothing."""
+        tokenizer = self.tower.tokenizer
+        cut = tokenizer([text])
+        whole = tokenizer([text], context_length=cut.shape[1] + 1)
+        return torch.equal(whole[:, :-1], cut)
 
     @torch.no_grad()
     def stages(self, images: Sequence[Image.Image]) -> list[Tensor]:

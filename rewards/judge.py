@@ -1,24 +1,26 @@
 """A vision-language model as judge, behind an OpenAI-compatible /chat/completions endpoint."""
 
+import asyncio
 import base64
 import io
+import json
 import logging
+import math
 import os
 import re
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from string import Formatter
 from typing import Any, Literal
 
-import httpx
 from PIL import Image
 
 from duet.configs.errors import UserError
+from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
 from duet.rewards.judge_reading import READINGS, Unscored
+from duet.rewards.service.http import Client, Failure, converse, excerpt, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ PAUSE_SECONDS = 0.5  # before the first retry; doubled for each further one
 class Judge:
     """P(yes), or the expected mark, of the judge's answer to a question, in [0, 1].
 
-    A sample without a readable answer scores NaN; one warning a call tells why.
+    A sample without a readable answer scores NaN; one warning a call tells why. The reward does
+    not apply to a row without a key that the question names.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class Judge:
         """`url`: up to and with /v1. `question` may name {prompt} and {row[KEY]}.
 
         `reading`: yes_no, or scale for marks from 1 to 10, mapped to 0 to 1.
+        `timeout_seconds` bounds each request, connecting and the whole answer included.
         `api_key_env`: the environment variable that holds the key.
         """
         if reading not in READINGS:
             raise UserError(f"judge reading {reading!r}: allowed are {', '.join(READINGS)}")
-        if not url.startswith(("http://", "https://")):
+        if not is_address(url):
             raise UserError(f"judge url {url!r}: give http://HOST:PORT/v1 or https://...")
+        if not 0 < timeout_seconds < math.inf:
+            raise UserError(f"judge timeout_seconds {timeout_seconds}: give a number > 0")
         for name, value, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
             if value < least:
                 raise UserError(f"judge {name} {value}: give a whole number >= {least}")
@@ -60,14 +66,13 @@ class Judge:
         self.question, self.reading = question, READINGS[reading]
         self.api_key_env, self.timeout_seconds = api_key_env, timeout_seconds
         self.retries, self.concurrency = retries, concurrency
+        self.missing: set[str] = set()  # keys that some row lacked
 
     def load(self) -> None:
         _ = self._headers()
 
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        client = httpx.Client(headers=self._headers(), timeout=self.timeout_seconds)
-        with client, ThreadPoolExecutor(self.concurrency) as pool:
-            answers = list(pool.map(partial(self._score, client), inputs))
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[Answer]:
+        answers = converse(self.timeout_seconds, partial(self._score_all, inputs))
         failures = Counter(reason for _, reason in answers if reason)
         if failures:
             reason, _ = failures.most_common(1)[0]
@@ -75,36 +80,57 @@ class Judge:
             logger.warning("judge at %s: %s", self.url, told)
         return [score for score, _ in answers]
 
-    def _score(self, client: httpx.Client, item: RewardInput) -> tuple[float, str]:
-        """The score, or NaN and the reason."""
-        try:
-            return self.reading.read(self._post(client, self._request(item))), ""
-        except Unscored as error:
-            return float("nan"), str(error)
+    async def _score_all(
+        self, inputs: Sequence[RewardInput], client: Client
+    ) -> list[tuple[Answer, str]]:
+        turns = asyncio.Semaphore(self.concurrency)
 
-    def _post(self, client: httpx.Client, request: Mapping[str, Any]) -> Any:
-        """The endpoint's JSON; what may pass (no connection, 429, 5xx) is tried again."""
-        reason = ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-            try:
-                response = client.post(self.url, json=request)
-            except httpx.RequestError as error:
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            if response.is_success:
-                return _json(response)
-            reason = f"HTTP {response.status_code}: {response.text[:200]}"
-            if response.status_code < 500 and response.status_code != 429:
-                break
-        raise Unscored(reason)
+        async def score(item: RewardInput) -> tuple[Answer, str]:
+            async with turns:
+                return await self._score(client, item)
 
-    def _request(self, item: RewardInput) -> dict[str, Any]:
+        return await asyncio.gather(*map(score, inputs))
+
+    async def _score(self, client: Client, item: RewardInput) -> tuple[Answer, str]:
+        """The score; or NaN and the reason; or None for a row that the question is not for."""
         try:
             question = self.question.format(prompt=item.prompt, row=item.row)
         except KeyError as error:
-            raise Unscored(f"the row has no {error} that the question names") from error
+            self._tell_missing(error.args[0])
+            return None, ""
+        body = json.dumps(self._request(question, item.image)).encode()
+        try:
+            return self.reading.read(await self._post(client, body)), ""
+        except (Unscored, Failure) as error:
+            return float("nan"), str(error)
+
+    def _tell_missing(self, key: str) -> None:
+        """Once: it may be a mistake of spelling."""
+        if key not in self.missing:
+            self.missing.add(key)
+            told = "judge at %s does not apply to rows without %r, which the question names"
+            logger.warning(told, self.url, key)
+
+    async def _post(self, client: Client, body: bytes) -> Any:
+        """The endpoint's JSON; what may pass (no connection, 429, 5xx) is tried again."""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                await asyncio.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+            try:
+                reply = await client.request(self.url, body, self._headers())
+            except Failure as failure:
+                if not failure.again:
+                    raise
+                reason = str(failure)
+                continue
+            if 200 <= reply.status < 300:
+                return _json(reply.body)
+            reason = f"HTTP {reply.status}: {reply.body[:200].decode(errors='replace')}"
+            if reply.status < 500 and reply.status != 429:
+                break
+        raise Unscored(reason)
+
+    def _request(self, question: str, image: Image.Image) -> dict[str, Any]:
         return {
             "model": self.model,
             "temperature": 0,
@@ -115,7 +141,7 @@ class Judge:
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": data_url(item.image)}},
+                        {"type": "image_url", "image_url": {"url": data_url(image)}},
                         {"type": "text", "text": f"{question}\n{self.reading.instruction}"},
                     ],
                 }
@@ -131,11 +157,11 @@ class Judge:
         return {"Authorization": f"Bearer {key}"}
 
 
-def _json(response: httpx.Response) -> Any:
+def _json(body: bytes) -> Any:
     try:
-        return response.json()
-    except ValueError as error:
-        raise Unscored(f"the endpoint's answer is not JSON: {response.text[:80]!r}") from error
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Unscored(f"the endpoint's answer is not JSON: it begins {excerpt(body)}") from error
 
 
 def data_url(image: Image.Image) -> str:

@@ -13,9 +13,9 @@ from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
 from duet.configs.errors import UserError
-from duet.configs.quotes import quoted_spans
 from duet.rewards.base import RewardInput
 from duet.rewards.ocr_reader import DET_SIZES, ENGINES, Reader, open_reader
+from duet.rewards.wanted_text import wanted_texts
 
 _ALL_ORDERS = 5  # up to this many spans every order is tried
 
@@ -23,9 +23,10 @@ _ALL_ORDERS = 5  # up to this many spans every order is tried
 class Ocr:
     """1 - edit distance / length of the wanted text, at least 0; surplus text costs.
 
-    The wanted text is the row's `text` (a string or a list), else the prompt's
-    quoted spans; a prompt that asks for no text scores NaN. The recogniser's own
-    confidence is not used: it is easily cheated.
+    The wanted text is the row's `text` (a string or a list), else what the prompt quotes
+    (`wanted_texts`); a text that the prompt quotes again may be drawn once or as often. Where
+    no text is asked for the reward does not apply. The recogniser's own confidence is not
+    used: it is easily cheated.
     """
 
     def __init__(
@@ -63,26 +64,32 @@ class Ocr:
     def load(self) -> None:
         _ = self.readers
 
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float | None]:
         shares = [inputs[i :: self.threads] for i in range(self.threads)]
         with ThreadPoolExecutor(self.threads) as pool:
             done = list(pool.map(self._score_share, self.readers, shares))
         return [done[i % self.threads][i // self.threads] for i in range(len(inputs))]
 
-    def _score_share(self, reader: Reader, inputs: Sequence[RewardInput]) -> list[float]:
-        scores = []
-        for item in inputs:
-            wanted = wanted_texts(item)
-            found = read_texts(reader, item.image, self.enlarge_to) if wanted else []
-            scores.append(text_score(wanted, found, self.ignore_case))
-        return scores
+    def _score_share(self, reader: Reader, inputs: Sequence[RewardInput]) -> list[float | None]:
+        return [self._score(reader, item) for item in inputs]
+
+    def _score(self, reader: Reader, item: RewardInput) -> float | None:
+        readings = [r for r in _readings(item, self.ignore_case) if r]
+        if not readings:
+            return None
+        found = read_texts(reader, item.image, self.enlarge_to)
+        return max(text_score(wanted, found, self.ignore_case) for wanted in readings)
 
 
-def wanted_texts(item: RewardInput) -> list[str]:
+def _readings(item: RewardInput, ignore_case: bool) -> list[list[str]]:
+    """The lists of texts, any of which may be drawn."""
     text = item.row.get("text")
     if text is None:
-        return quoted_spans(item.prompt)
-    return [text] if isinstance(text, str) else list(text)
+        quoted = wanted_texts(item.prompt)
+        once = {normalise(span, ignore_case): span for span in quoted}
+        return [quoted, list(once.values())]
+    texts = [text] if isinstance(text, str) else text
+    return [[t for t in texts if t.strip()]]
 
 
 def read_texts(reader: Reader, image: Image.Image, enlarge_to: int = 0) -> list[str]:
@@ -103,9 +110,7 @@ def normalise(text: str, ignore_case: bool = True) -> str:
 
 def text_score(wanted: Sequence[str], found: Sequence[str], ignore_case: bool = True) -> float:
     """1 - min over orders of the spans of edit distance / wanted length, at least 0."""
-    spans = [n for n in (normalise(w, ignore_case) for w in wanted) if n]
-    if not spans:
-        return float("nan")
+    spans = [normalise(span, ignore_case) for span in wanted]
     read = "".join(normalise(f, ignore_case) for f in found)
     if len(spans) <= _ALL_ORDERS:
         orders = ["".join(order) for order in permutations(spans)]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from duet.configs.errors import UserError
 from duet.rewards.base import RewardInput
 from duet.rewards.clip import Dtype, batches, checked_batch_size, picked_device, picked_dtype
+from duet.rewards.long_prompts import embed_long
 
 
 class PickScore:
@@ -53,17 +54,18 @@ class PickScore:
         pictures = self.processor(
             images=[i.image.convert("RGB") for i in inputs], return_tensors="pt"
         )
-        texts = self.processor(
-            text=[i.prompt for i in inputs],
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.device)
         pixels = pictures["pixel_values"].to(self.device, self.dtype)
         images = _unit(self.model.get_image_features(pixels))
-        prompts = _unit(self.model.get_text_features(**texts))
+        prompts = embed_long([i.prompt for i in inputs], self._fits, self._embed)
         return (self.model.logit_scale.float().exp() * (images * prompts).sum(-1)).tolist()
+
+    def _fits(self, text: str) -> bool:
+        tokens = self.processor.tokenizer(text, verbose=False).input_ids
+        return len(tokens) <= self.model.config.text_config.max_position_embeddings
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        tokens = self.processor(text=texts, padding=True, return_tensors="pt").to(self.device)
+        return _unit(self.model.get_text_features(**tokens))
 
 
 def _unit(output: Any) -> Tensor:

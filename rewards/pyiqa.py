@@ -21,7 +21,7 @@ from duet.rewards.clip import picked_device
 class PyIqa:
     """Any metric of pyiqa, negated where lower is better.
 
-    Metrics that compare need the row's `image`; a row without one scores NaN. Pictures
+    Metrics that compare need the row's `image`; they do not apply without one. Pictures
     go one by one and in float32: many of the metrics take neither batches nor less.
     """
 
@@ -48,15 +48,15 @@ class PyIqa:
             raise UserError(f"pyiqa metric {self.name!r}: no weights: {error}") from error
 
     @torch.no_grad()
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float | None]:
         return [self._score(item) for item in inputs]
 
-    def _score(self, item: RewardInput) -> float:
+    def _score(self, item: RewardInput) -> float | None:
         pictures = [item.image]
         if self.metric.metric_mode == "FR":
             reference = item.picture("image")
             if reference is None:
-                return float("nan")
+                return None
             pictures.append(reference)
         score = self.metric(*(_tensor(p).to(self.device) for p in pictures)).item()
         return -score if self.metric.lower_better else score

@@ -3,14 +3,16 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
+from typing import TypeVar
 
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import Reward
 from duet.rewards.view import Viewed
 
+T = TypeVar("T")
 ENTRY_POINT_GROUP = "duet.rewards"
 BUILT_IN = {
     "aesthetic": "duet.rewards.aesthetic.Aesthetic",
@@ -39,11 +41,13 @@ def load_reward(config: RewardConfig) -> Reward:
         reward = factory(**config.args)
     except UserError:
         raise
-    except Exception as error:  # a plug-in's constructor may raise anything
+    except (Exception, SystemExit) as error:  # a plug-in's constructor may raise anything
         raise UserError(
             f"reward {config.name!r} cannot be built with args {config.args}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if not callable(reward):
+        raise UserError(f"reward {config.name!r} makes a {type(reward).__name__}: nothing to call")
     return reward if config.view == "full" else Viewed(reward, config.view)
 
 
@@ -61,22 +65,17 @@ def load_weights(rewards: Mapping[str, Reward]) -> None:
             getattr(reward, "load", lambda: None)()
         except UserError:
             raise
-        except Exception as error:  # a plug-in's own reading may raise anything
+        except (Exception, SystemExit) as error:  # a plug-in's own reading may raise anything
             raise UserError(
                 f"reward {name!r} cannot load its weights: {type(error).__name__}: {error}"
             ) from error
 
 
-def _find(name: str):
+def _find(name: str) -> Callable[..., Reward]:
     installed = {e.name: e for e in entry_points(group=ENTRY_POINT_GROUP)}
     if name in installed:
-        try:
-            return installed[name].load()
-        except Exception as error:  # a plug-in's import may raise anything
-            raise UserError(
-                f"reward {name!r} of entry point {installed[name].value!r} cannot be imported: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        point = installed[name]
+        return _imported(f"{name!r} of entry point {point.value!r}", point.module, point.load)
     path = BUILT_IN.get(name, name)
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
@@ -86,7 +85,20 @@ def _find(name: str):
         )
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # behind what is installed, however Duet was started
+    return _imported(
+        repr(name), module_name, lambda: getattr(importlib.import_module(module_name), attribute)
+    )
+
+
+def _imported(what: str, module: str, load: Callable[[], T]) -> T:
+    """Raises UserError, in one line, for all that an import may raise."""
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward {name!r} cannot be imported: {error}") from error
+        return load()
+    except ModuleNotFoundError as error:
+        own = error.name is not None and f"{module}.".startswith(f"{error.name}.")
+        why = f"there is no module {error.name!r}" if own else f"its import of {error.name!r} fails"
+        raise UserError(f"reward {what} cannot be imported: {why}: {error}") from error
+    except (Exception, SystemExit) as error:  # a plug-in's module may raise anything
+        raise UserError(
+            f"reward {what} cannot be imported: {type(error).__name__}: {error}"
+        ) from error

@@ -19,8 +19,8 @@ class SourceConsistency(ClipReward):
     are compared patch by patch in every stage of the image tower; the `changed_share`
     of patches that differ most may be what the prompt asked for and is left out (a
     trimmed mean), so a local edit costs little and a change everywhere costs in full.
-    Identity: cosine of the two image embeddings, which see the whole picture. A row
-    without `source` scores NaN.
+    Identity: cosine of the two image embeddings, which see the whole picture. It
+    does not apply to a row without `source`.
 
     The source unchanged scores best: train it together with a reward for the edit.
     """
@@ -31,11 +31,11 @@ class SourceConsistency(ClipReward):
             raise UserError(f"changed_share {changed_share}: give a share >= 0 and < 1")
         self.changed_share = changed_share
 
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float | None]:
         sources = [item.picture("source") for item in inputs]
         pairs = [(i.image, s) for i, s in zip(inputs, sources, strict=True) if s]
         scores = iter(s for part in batches(pairs, self.clip.batch_size) for s in self._score(part))
-        return [float("nan") if source is None else next(scores) for source in sources]
+        return [None if source is None else next(scores) for source in sources]
 
     def _score(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> list[float]:
         images, sources = zip(*pairs, strict=True)

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from duet.rewards.base import Reward, RewardInput
+from duet.rewards.answers import Answer, read_answers
+from duet.rewards.base import Reward, RewardInput, own_copies
 
 LOW_FACTOR = 8  # one pixel for each latent cell: what is finer is the decoder's
 
@@ -45,12 +46,18 @@ class Viewed:
         if hasattr(self.reward, "load"):
             self.reward.load()
 
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        scores = []
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[Answer]:
+        answers = []
         for look in self.looks:
-            seen = [replace(i, image=look(i.image), look=look, size=i.image.size) for i in inputs]
-            answer = list(self.reward(seen))
-            if len(answer) != len(inputs):
-                return answer  # the caller's check tells the count
-            scores.append(answer)
-        return np.mean(np.array(scores, dtype=float), axis=0).tolist()
+            seen = [
+                replace(i, image=look(i.image), look=look, size=i.image.size)
+                for i in own_copies(inputs)
+            ]
+            answers.append(read_answers(self.reward(seen), len(inputs)))
+        return [_mean(sample) for sample in zip(*answers, strict=True)]
+
+
+def _mean(answers: Sequence[Answer]) -> Answer:
+    """Of the looks that the reward applies to; NaN where one of them failed."""
+    given = [answer for answer in answers if answer is not None]
+    return float(np.mean(given)) if given else None

@@ -1,5 +1,7 @@
 """Names and intervals of an evaluation; the whole of it runs in test_commands.py."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -34,3 +36,12 @@ def test_bootstrap_interval_is_that_of_the_mean():
 def test_a_picture_without_a_score_is_no_imperfect_one():
     scores = [[1.0, float("nan")], [0.5, float("nan")]]
     assert summarise(scores, None, EvalConfig()).perfect == 0.5
+
+
+def test_what_does_not_apply_is_left_out_of_means_and_pairs():
+    base = [[0.5, 0.7], [None, None], [0.2, 0.4]]
+    after = [[0.6, 0.8], [None, None], [0.3, float("nan")]]
+    summary = summarise(after, base, EvalConfig())
+    assert summary.mean == pytest.approx((0.7 + 0.3) / 2)
+    assert summary.change == pytest.approx((0.1 + 0.0) / 2)
+    assert json.loads(json.dumps(base)) == base, "null in the results"

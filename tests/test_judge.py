@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -16,7 +17,7 @@ from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.registry import load_reward, load_rewards
-from tests.bad_server import nobody
+from tests.bad_server import HEAD, bad_server, drip, endless, nobody
 
 PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
 QUESTION = "Does the picture show {prompt} with {row[text]}?"
@@ -196,15 +197,32 @@ def test_an_endpoint_that_hangs_is_nan(endpoint, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         assert math.isnan(judge(endpoint, retries=0, timeout_seconds=0.2)([sample()])[0])
     let_go.set()
-    assert "ReadTimeout" in caplog.text
+    assert "no whole answer in 0.2 s" in caplog.text
 
 
-def test_a_row_without_what_the_question_names_is_nan(endpoint, caplog):
+def test_a_question_does_not_apply_to_a_row_without_what_it_names(endpoint, caplog):
     endpoint.replies = [completion("yes")]
+    reward = judge(endpoint)
     with caplog.at_level(logging.WARNING):
-        scores = judge(endpoint)([RewardInput(PICTURE, "a card", {}), sample()])
-    assert math.isnan(scores[0]) and scores[1] == 1
-    assert "the row has no 'text' that the question names" in caplog.text
+        assert reward([RewardInput(PICTURE, "a card", {}), sample()]) == [None, 1]
+        assert reward([RewardInput(PICTURE, "a card", {})]) == [None]
+    [told] = caplog.messages
+    assert "does not apply to rows without 'text', which the question names" in told
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (drip(HEAD + b"\r\n" + b" " * 99), "no whole answer in 0.3 s"),
+        (endless(HEAD + b"\r\n", b" " * 65536), "more than 1048576 bytes"),
+    ],
+)
+def test_an_answer_is_bounded_in_time_and_size(endpoint, caplog, answer, reason):
+    with bad_server(answer) as (url, _), caplog.at_level(logging.WARNING):
+        slow = judge(endpoint, url=url, retries=0, timeout_seconds=0.3)
+        start = time.monotonic()
+        assert math.isnan(slow([sample()])[0]) and time.monotonic() - start < 2
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -218,6 +236,7 @@ def test_a_row_without_what_the_question_names_is_nan(endpoint, caplog):
         ({"question": "100 } of it"}, "Single '}'"),
         ({"reading": "stars"}, "judge reading 'stars': allowed are yes_no, scale"),
         ({"url": "judge.example:80"}, "judge url 'judge.example:80'"),
+        ({"timeout_seconds": 0}, "judge timeout_seconds 0"),
         ({"retries": -1}, "judge retries -1"),
         ({"concurrency": 0}, "judge concurrency 0"),
     ],

@@ -64,7 +64,7 @@ def test_pickscore_is_the_models_own_logit(pick_folder):
     )
     images, prompts = (
         [CLEAN, PICTURES["strong noise"], PICTURES["flat colour"]],
-        ["a cat", "two dogs and a bird", "b " * 99],
+        ["a cat", "two dogs and a bird", "b " * 40],
     )
     ours = reward([RewardInput(i, p, {}) for i, p in zip(images, prompts, strict=True)])
     processor, model = (
@@ -77,6 +77,8 @@ def test_pickscore_is_the_models_own_logit(pick_folder):
         )
         assert one == pytest.approx(model(**inputs).logits_per_image.item(), abs=1e-4)
     assert len({round(s, 3) for s in ours}) == 3
+    long = [RewardInput(CLEAN, "b " * 99 + end, {}) for end in ("cat", "dog")]
+    assert len(set(reward(long))) == 2, "words beyond the tower's length count"
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,22 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw
 
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.fidelity import Fidelity, quality
-from duet.rewards.ocr import Ocr, text_score, wanted_texts
+from duet.rewards.ocr import Ocr, text_score
 from duet.rewards.registry import load_reward, load_rewards
+from duet.rewards.view import Viewed
 from duet.train.tiny.specimens import CARD, blurred, noisy
 from duet.train.tiny.world import Card, Shape, draw
 from tests.conftest import CLIP, ROOT
 from tests.pictures import CLEAN, DAMAGE, damaged
 
+NAN = float("nan")
 OCR = {"limit_side_len": 192, "enlarge_to": 192}
 
 
@@ -60,15 +63,31 @@ def test_case_may_count():
     assert text_score(["Cat"], ["CAT"], ignore_case=False) == pytest.approx(1 / 3)
 
 
-def test_wanted_text_is_the_rows_or_the_quoted_spans():
-    image = Image.new("RGB", (8, 8))
-    assert wanted_texts(given(image, 'a "b" \u201cc\u201d 「d」')) == ["c", "b", "d"]
-    assert wanted_texts(given(image, 'a "b"', text="x")) == ["x"]
-    assert wanted_texts(given(image, 'a "b"', text=["x", "y"])) == ["x", "y"]
+@pytest.mark.parametrize(
+    ("prompt", "row", "expected"),
+    [
+        ("the baker's window and the chef's sign that says \"CHAP\"", {}, 1),
+        ("a “CHAP”", {}, 1),
+        ('"CHAP" on a sign, the word "Chap" in red', {}, 1),  # drawn once
+        ('"CHAP" and "CHAP" and "CHAP"', {"text": "CHAP"}, 1),
+        ('a "CHAP"', {"text": ["CHAP", "CHAP"]}, 0.5),  # the row is taken at its word
+        ('a "WOLF"', {"text": None}, 0),
+        ("a plain card", {}, None),
+        ('"CHAP"', {"text": ""}, None),
+        ('"CHAP"', {"text": []}, None),
+        ('"CHAP"', {"text": [" "]}, None),
+    ],
+)
+def test_ocr_asks_for_what_the_row_or_the_prompt_wants(ocr, prompt, row, expected):
+    assert ocr([given(CLEAN, prompt, **row)]) == [expected]
 
 
-def test_a_prompt_without_text_is_not_scored(ocr):
-    assert np.isnan(ocr([given(CLEAN, "a plain card")])[0])
+def test_a_text_that_is_quoted_twice_may_be_drawn_twice(ocr):
+    twice = Image.new("RGB", (96, 128))
+    for place in (0, 64):
+        twice.paste(CLEAN, (0, place))
+    once, both = 'a sign "CHAP"', '"CHAP" above, "CHAP" below'
+    assert ocr([given(twice, once), given(twice, both)]) == [0, 1]
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -158,13 +177,110 @@ def raising(inputs):
     raise KeyError("weights")
 
 
+def quitting(inputs):
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([True, 2], [1.0, 2.0]),
+        (np.array([1, 2]), [1.0, 2.0]),
+        (torch.tensor([0.5, 2.0], dtype=torch.bfloat16), [0.5, 2.0]),
+        ([np.float32(0.5), torch.tensor(2)], [0.5, 2.0]),
+        ([0.3, 0.1 + 0.2], [0.3, 0.1 + 0.2]),  # apart by rounding only
+        ([None, 1e18], [None, 1e18]),
+        ((s for s in (1, 2)), [1.0, 2.0]),
+    ],
+)
+def test_what_is_as_good_as_a_list_of_floats_is_taken(answer, expected):
+    assert score(lambda inputs: answer, "good", [given(CLEAN)] * 2, [2]) == expected
+
+
+def spoil(inputs):
+    """Changes all that it is given; answers for what it found."""
+    found = [np.mean(i.image) + len(i.row["boxes"]) + len(i.row["colours"]) for i in inputs[:1]] * 2
+    for item in inputs:
+        item.image.thumbnail((4, 4))
+        item.image.putpixel((0, 0), (0, 255, 0))
+        ImageDraw.Draw(item.image).rectangle((0, 0, 3, 3), "black")
+        item.row["prompt"] = "spoiled"
+        item.row["boxes"].append(1)
+        item.row["colours"].clear()
+    inputs.clear()
+    return found
+
+
+@pytest.mark.parametrize("view", ["full", "low", "high"])
+def test_what_a_reward_does_to_its_inputs_no_other_sees(view):
+    row = {"boxes": [1, 2], "colours": {"a": "red"}}
+    inputs = [RewardInput(CLEAN.copy(), "a", row)] * 2
+    reward = spoil if view == "full" else Viewed(spoil, view)
+    first, again = (score(reward, "spoil", inputs, [2]) for _ in range(2))
+    assert first == again and len(inputs) == 2
+    assert row == {"boxes": [1, 2], "colours": {"a": "red"}}
+    assert inputs[0].image.tobytes() == CLEAN.tobytes()
+
+
+def test_a_view_averages_the_looks_that_a_reward_applies_to():
+    answers = iter([[None, 1.0, None], [None, None, 1.0], [None, 3.0, NAN], [None, None, 2.0]])
+    viewed = Viewed(lambda inputs: next(answers), "high")
+    none, mean, failed = score(viewed, "viewed", [given(CLEAN)] * 3, [3])
+    assert none is None and mean == 2.0 and np.isnan(failed)
+
+
+PLUG_INS = {
+    "a syntax error": ("def f(:\n", "SyntaxError: .*plug_in.py, line 1"),
+    "an exception": ("1 / 0\n", "ZeroDivisionError: division by zero"),
+    "sys.exit": ("import sys\nsys.exit('no')\n", "SystemExit: no"),
+    "a missing module": ("import no_such_thing\n", "its import of 'no_such_thing' fails"),
+    "no such class": ("x = 1\n", "AttributeError: .* 'R'"),
+    "nothing to call": ("def R(): return 3\n", "makes a int: nothing to call"),
+    "exits when built": ("def R(): raise SystemExit(4)\n", "cannot be built .*SystemExit: 4"),
+}
+
+
+@pytest.mark.parametrize("kind", PLUG_INS)
+def test_all_errors_of_a_plug_in_are_one_line(kind, tmp_path, monkeypatch):
+    code, message = PLUG_INS[kind]
+    (tmp_path / "plug_in.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "plug_in", raising=False)
+    with pytest.raises(UserError, match=f"reward 'plug_in.R' .*{message}"):
+        load_reward(RewardConfig("plug_in.R"))
+
+
+def test_an_interrupt_is_no_error_of_a_plug_in(tmp_path, monkeypatch):
+    (tmp_path / "stopped.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        load_reward(RewardConfig("stopped.R"))
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
         (raising, "reward 'bad' raised KeyError"),
+        (quitting, "reward 'bad' raised SystemExit: 3"),
         (lambda inputs: [1.0], "answered 1 scores for 2 samples"),
+        (lambda inputs: None, "answered a NoneType None: return a list"),
+        (lambda inputs: 0.5, "answered 0.5: return a list"),
+        (lambda inputs: {0: 1.0, 1: 2.0}, "answered a dict"),
+        (lambda inputs: "12", "answered a str"),
+        (lambda inputs: ["1", "2"], "answered a str '1' for sample 0, which is no float"),
+        (lambda inputs: [{}, 1.0], "answered a dict {} for sample 0"),
+        (lambda inputs: [1 + 0j, 1.0], "answered a complex .* for sample 0"),
+        (lambda inputs: np.ones((2, 1)), "answered a ndarray of shape .1,. for sample 0"),
+        (lambda inputs: torch.ones(2, 3), "answered a Tensor of shape .3,. for sample 0"),
+        (lambda inputs: np.array(["a", "b"]), "no float"),
         (lambda inputs: [1.0, float("inf")], "answered inf for sample 1"),
-        (lambda inputs: [1.0, None], "no float"),
+        (lambda inputs: [1e39, 1.0], "answered 1e\\+39 for sample 0"),
+        (lambda inputs: [10**400, 1.0], "answered 10+ for sample 0"),
+        (
+            lambda inputs: [16777216, 16777217],
+            "16777216.0 to 16777217.0 for one prompt, which float32",
+        ),
+        (lambda inputs: [1.7e9 + n / 10 for n in range(2)], "float32 does not hold apart"),
     ],
 )
 def test_a_bad_answer_is_refused_by_name(reward, message):
@@ -176,7 +292,8 @@ def test_a_bad_answer_is_refused_by_name(reward, message):
     ("config", "message"),
     [
         (RewardConfig("nonsense"), "allowed are aesthetic, alignment, brisque"),
-        (RewardConfig("no.such.Thing"), "cannot be imported"),
+        (RewardConfig("no.such.Thing"), "there is no module 'no'"),
+        (RewardConfig("..Thing"), "cannot be imported"),
         (RewardConfig("ocr", args={"langage": "en"}), "cannot be built"),
         (
             RewardConfig("alignment", args={"model": "local-dir:gone", "pretrained": None}),

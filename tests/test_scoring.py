@@ -11,15 +11,17 @@ import torch
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.schema import RewardConfig, WatchConfig
+from duet.configs.schema import GrpoConfig, RewardConfig, WatchConfig
 from duet.inference.engine import Engine
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward
 from duet.rewards.view import LOW_FACTOR, Viewed
+from duet.train.advantages import NOT_APPLICABLE, group_advantages
 from duet.train.checkpoint import complete_checkpoints
-from duet.train.metrics import reward_metrics
+from duet.train.endings import require_scores
+from duet.train.metrics import reward_metrics, score_mean
 from duet.train.prompts import draw_groups
-from duet.train.scoring import Scorer, sample_and_score
+from duet.train.scoring import Scorer, Scores, sample_and_score
 from duet.train.stages import STAGES
 from duet.train.tiny.specimens import CARD, noisy
 from duet.train.tiny.world import draw
@@ -149,6 +151,80 @@ def test_a_sample_without_a_score_is_no_zero_in_the_metrics():
     assert math.isnan(metrics["reward_std"]), "one known sum a group has no spread"
 
 
+def test_what_does_not_apply_is_counted_apart_and_adds_nothing(rows):
+    class Made:
+        images = (CLEAN,) * 3
+
+    answers = iter([[None, NAN, 1.0], [2.0, 2.0, 3.0], [None] * 3])
+    scorer = Scorer(
+        {"a": lambda i: next(answers), "b": lambda i: next(answers)}, {"c": lambda i: next(answers)}
+    )
+    scores = scorer(draw_groups(rows, 0, 0, 1, 3), [Made])
+    metrics = reward_metrics(scores.table, torch.ones(2), ["a", "b"], torch.zeros(3))
+    assert (
+        metrics["rewards/a/not_applicable"]
+        == metrics["rewards/a/not_scored"]
+        == pytest.approx(1 / 3)
+    )
+    assert metrics["rewards/a/mean"] == 1.0 and metrics["reward"] == 3.0  # of 2 and 4
+    assert metrics["rewards/b/not_applicable"] == 0
+    assert math.isnan(score_mean(scores.watched["c"]))
+    alone = reward_metrics(scores.table[:, :1], torch.ones(1), ["a"], torch.zeros(3))
+    assert alone["reward"] == 1.0, "a prompt to which nothing applies is no 0"
+
+
+@pytest.mark.parametrize("aggregation", ["normalize_then_sum", "sum_then_normalize"])
+def test_advantages_where_a_reward_does_not_apply_are_those_of_the_others(aggregation):
+    config = GrpoConfig(multi_objective_aggregation=aggregation)
+    other = torch.tensor([1.0, 2.0, 4.0, 1.0, 5.0, 5.5])
+    asked = torch.tensor([0.2, 0.9, 0.4, *[NOT_APPLICABLE] * 3])
+    ids, both = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.0, 1.0])
+    mixed = group_advantages(torch.stack([asked, other], 1), both, ids, config).values
+    alone = group_advantages(other[:, None], both[:1], ids, config).values
+    assert torch.equal(mixed[3:], alone[3:]) and not torch.equal(mixed[:3], alone[:3])
+    failed = torch.stack([asked.where(ids == 1, NAN), other], 1)
+    left = group_advantages(failed, both, ids, config).values[:3]
+    whole = aggregation == "sum_then_normalize"
+    assert torch.equal(left, torch.zeros(3) if whole else alone[:3])
+    nobody = group_advantages(asked[:, None], both[:1], ids, config)
+    assert nobody.values[3:].tolist() == [0, 0, 0] and nobody.frac_reward_zero_std == 0.5
+
+
+@pytest.mark.parametrize(
+    ("column", "weight", "message"),
+    [
+        ([NOT_APPLICABLE] * 6, 1.0, None),
+        ([NOT_APPLICABLE] * 4 + [NAN, 1.0], 1.0, None),  # half of those it applies to
+        ([NOT_APPLICABLE] * 3 + [NAN, NAN, 1.0], 1.0, "left 67% of a step's samples"),
+        ([1.0, 2.0], 1e308, "reward 'a': its scores times its weight inf are beyond 1e.18"),
+        ([0.0, NAN], math.inf, "are beyond"),
+        ([1e18, 0.0], 1e10, "are beyond"),
+        ([NAN, NAN], 0.0, None),
+    ],
+)
+def test_what_ends_a_run_is_failure_where_a_reward_applies(column, weight, message, monkeypatch):
+    monkeypatch.setattr("duet.train.endings.save", lambda run, step: "checkpoint-0")
+    train_config = SimpleNamespace(max_not_scored=0.5)
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=train_config), weights=torch.tensor([weight])
+    )
+    collected = SimpleNamespace(all_scores=Scores({"a": torch.tensor(column)}, {}))
+    if message is None:
+        require_scores(run, collected, 0)
+    else:
+        with pytest.raises(UserError, match=message):
+            require_scores(run, collected, 0)
+
+
+def test_a_run_on_a_reward_that_applies_to_some_prompts_only(small_run, tmp_path):
+    """More than half of the samples may be none of its business."""
+    rewards = "rewards=[{name: tests.sample_rewards.Seldom}, {name: brisque}]"
+    train(small_run("decoder", rewards, "train.max_steps=1", "train.max_not_scored=0.1"))
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["rewards/Seldom/not_applicable"] == 0.75
+    assert metrics["rewards/Seldom/not_scored"] == 0 and metrics["rewards/Seldom/mean"] == 0.5
+
+
 def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_run, tmp_path):
     reward = "rewards=[{name: tests.sample_rewards.Unsure, args: {share: 0.6}}]"
     with pytest.raises(UserError, match="reward 'Unsure' left 62% .* train.resume=latest"):
@@ -228,7 +304,7 @@ def test_each_picture_is_scored_beside_its_own_prompt(rows):
     groups = draw_groups(rows, 0, 0, 4, 2)
     places = {group.row["prompt"]: float(n) for n, group in enumerate(groups)}
     assert len(places) == 4
-    made = SimpleNamespace(images=(None, None))
+    made = SimpleNamespace(images=(CLEAN, CLEAN))
     sampled = sample_and_score(
         lambda batch: [made] * len(batch),
         groups,

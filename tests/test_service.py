@@ -25,7 +25,8 @@ from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward, load_rewards
 from duet.rewards.service.remote import Remote
-from tests.bad_server import nobody
+from duet.rewards.service.wire import decode_scores, encode_scores
+from tests.bad_server import bad_server, nobody, reply
 from tests.conftest import CLIP, ROOT
 
 TOKEN = "correct horse"
@@ -107,7 +108,7 @@ def sample(**changes):
 
 
 def body(*samples):
-    return json.dumps({"samples": samples})
+    return json.dumps({"version": 2, "samples": samples})
 
 
 @pytest.mark.parametrize("name", ["alignment", "fidelity"])
@@ -126,11 +127,26 @@ def test_prompt_row_and_its_pictures_travel_as_the_view_shows_them(url, inputs, 
     assert len(set(local)) == len(inputs)
 
 
-def test_nan_travels_and_a_source_picture_too(url, inputs, caplog):
+def test_none_travels_and_a_source_picture_too(url, inputs, caplog):
     edits = [replace(i, row=i.row | {"source": i.row["image"]}) for i in inputs[:2]]
     scores = remote(url, "HasSource")([*edits, inputs[2]])
-    assert scores[:2] == [1, 1] and math.isnan(scores[2])
+    assert scores == [1, 1, None]
     assert not caplog.records
+
+
+def test_what_failed_and_what_does_not_apply_travel_apart():
+    told = json.dumps(encode_scores([0.5, None, math.nan])).encode()
+    number, none, failed = decode_scores(told, 3)
+    assert (number, none) == (0.5, None) and math.isnan(failed)
+
+
+def test_a_peer_of_another_version_is_told_in_one_line():
+    old = reply(
+        b'{"ready": true, "authorised": true, "rewards": {"Sees": {"whole_groups": false}}}'
+    )
+    with bad_server(old) as (address, _), pytest.raises(UserError) as told:
+        remote(address, "Sees", **QUICK)
+    assert "the health page is in version 1 of the wire form, and here it is 2" in str(told.value)
 
 
 def test_whole_groups_stay_whole(url, inputs):
@@ -178,7 +194,7 @@ def test_a_body_over_the_bound_is_refused(url, chunked):
     answer = post(url, "Alone", pieces if chunked else large)
     assert answer.status_code == 413 and "1048576 bytes" in answer.json()["error"]
     fits = body(sample()) + " " * 2**19
-    assert post(url, "Alone", fits).json() == {"scores": [1]}
+    assert post(url, "Alone", fits).json() == {"version": 2, "scores": [1]}
 
 
 def black(side):
@@ -193,7 +209,7 @@ MALFORMED = {
     "binary": (lambda: bytes(range(256)), "not JSON"),
     "a list": (lambda: "[]", "the request must be an object of samples"),
     "no samples": (lambda: body(), "samples is empty"),
-    "NaN": (lambda: '{"samples": [NaN]}', "NaN is no JSON"),
+    "NaN": (lambda: '{"version": 2, "samples": [NaN]}', "NaN is no JSON"),
     "deeply nested": (lambda: "[" * 100_000, "not JSON"),
     "a sample is a string": (lambda: body("a"), "samples[0] must be an object of prompt"),
     "surplus field": (lambda: body(sample(), sample(x=1)), "samples[1] must be an object of"),
@@ -205,7 +221,8 @@ MALFORMED = {
     "row picture of another key": (lambda: body(sample(pictures={"../x": "AAAA"})), "allowed are image, source"),
     "a path of the server": (lambda: body(sample(row={"image": "/etc/passwd"})), "samples[0].row has 'image'"),
     "decompression bomb": (lambda: body(sample(image=black(20000))), "too large"),
-    "many large pictures": (lambda: body(*[sample(image=black(4096))] * 10), "samples[8].image is too large"),
+    "many large pictures": (lambda: body(*[sample(image=black(2048))] * 20), "samples[16].image of 2048 x 2048 pixels is too much"),
+    "an old client": (lambda: '{"samples": []}', "the request is in version 1 of the wire form, and here it is 2: run the same"),
 }  # fmt: skip
 
 
@@ -228,13 +245,13 @@ def test_a_reward_that_raises_is_one_line_and_the_server_lives_on(url, inputs, c
     assert answer.json() == {"error": "reward 'Raises' raised KeyError: 'no\\nweights'"}
     assert np.isnan(remote(url, "Raises", **QUICK)(inputs)).all()
     assert "KeyError" in caplog.text
-    assert post(url, "Alone", body(sample())).json() == {"scores": [1]}
+    assert post(url, "Alone", body(sample())).json() == {"version": 2, "scores": [1]}
 
 
 def test_requests_for_one_reward_queue(url):
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: post(url, "Alone", body(sample())), range(6)))
-    assert [a.json() for a in answers] == [{"scores": [1]}] * 6
+    assert [a.json() for a in answers] == [{"version": 2, "scores": [1]}] * 6
 
 
 def test_another_reward_need_not_wait_and_who_hung_up_is_not_scored(url):
@@ -248,9 +265,9 @@ def test_another_reward_need_not_wait_and_who_hung_up_is_not_scored(url):
             httpx.post(f"{url}/score/Waits", content=slow, headers=headers, timeout=0.1)
         assert post(url, "Alone", body(sample())).status_code == 200
         assert time.monotonic() - start < 0.7
-        assert waiting.result().json() == {"scores": [1]}
+        assert waiting.result().json() == {"version": 2, "scores": [1]}
         start = time.monotonic()
-        assert post(url, "Waits", body(sample())).json() == {"scores": [1]}
+        assert post(url, "Waits", body(sample())).json() == {"version": 2, "scores": [1]}
         assert time.monotonic() - start < 0.7
 
 

@@ -4,6 +4,7 @@ A_i = (r_i - mean r) / std r over the samples of one prompt (GRPO, arXiv
 2402.03300); without the division it is Dr. GRPO's (arXiv 2503.20783).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from duet.configs.schema import GrpoConfig
 
+NOT_APPLICABLE = -math.inf  # in a table of scores: no reward may answer it
 _EPSILON = 1e-4  # TRL's guard in the denominator
 _NO_SPREAD = 1e-6  # a standard deviation below this is rounding
 
@@ -24,15 +26,16 @@ class Advantages:
 def group_advantages(
     scores: Tensor, weights: Tensor, group_ids: Tensor, config: GrpoConfig = GrpoConfig()
 ) -> Advantages:
-    """Scores [B, R] (NaN: not scored), weights [R], integer group ids [B] -> advantages [B].
+    """Scores [B, R], weights [R], integer group ids [B] -> advantages [B].
 
-    B: the whole step's samples, of all processes.
+    B: the whole step's samples, of all processes. Scores that are none: NaN (not scored) and
+    NOT_APPLICABLE.
 
     `normalize_then_sum`: each reward is normalised within its group, then weighted and
     summed (GDPO, arXiv 2601.05242); `sum_then_normalize` sums the weighted rewards before. A
     NaN leaves the sample out of that reward's statistics and adds nothing to its advantage;
-    with the latter the sample is left out as a whole, its sum being unknown. A group without
-    spread gets 0.
+    with the latter the sample is left out as a whole, its sum being unknown. What does not
+    apply adds nothing, and the sample stays in. A group without spread gets 0.
 
     `scale_rewards: batch` divides by the standard deviation over the step: with
     `sum_then_normalize` that of the summed rewards, with `normalize_then_sum` that of the
@@ -66,15 +69,16 @@ def _std(values: Tensor) -> Tensor:
 
 
 def weighted(scores: Tensor, weights: Tensor) -> Tensor:
-    """scores * weights, [B, R]; what weighs nothing adds 0, scored or not."""
-    return torch.where(weights == 0, 0.0, scores * weights)
+    """scores * weights, [B, R]; what weighs nothing or does not apply adds 0."""
+    nothing = (weights == 0) | (scores == NOT_APPLICABLE)
+    return torch.where(nothing, 0.0, scores * weights)
 
 
 def _normalise(scores: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
     """One group [G, R] -> normalised [G, R] with 0 for NaN, and which rewards have spread [R]."""
-    scored = ~scores.isnan()
+    scored = scores.isfinite()
     count = scored.sum(0)
-    mean = scores.nansum(0) / count.clamp(min=1)
+    mean = scores.where(scored, 0.0).sum(0) / count.clamp(min=1)
     centred = torch.where(scored, scores - mean, 0.0)
     std = (centred.square().sum(0) / (count - 1).clamp(min=1)).sqrt()
     spread = std > _NO_SPREAD

@@ -6,6 +6,8 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
+from duet.rewards.answers import LARGEST
+from duet.train.advantages import NOT_APPLICABLE
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import Collected
 from duet.train.retention import remove_old
@@ -22,13 +24,22 @@ def save(run: Run, done: int) -> Path:
 
 
 def require_scores(run: Run, collected: Collected, step: int) -> None:
-    """End the run when a trained reward leaves out too many samples."""
+    """End the run when a trained reward fails on too many of the samples to which it applies,
+    or when a weighted score is too large for float32."""
     allowed = run.config.train.max_not_scored
     trained = collected.all_scores.trained.items()
     for (name, column), weight in zip(trained, run.weights, strict=True):
         if weight == 0:
             continue  # nothing is trained on it
-        share = float(column.isnan().float().mean())
+        applies = column[column != NOT_APPLICABLE]
+        if not (applies.isnan() | ((applies * weight).abs() <= LARGEST)).all():
+            saved = save(run, step)
+            raise UserError(
+                f"reward {name!r}: its scores times its weight {float(weight):g} are "
+                f"beyond {LARGEST:g}: give a smaller weight, then go on from {saved} "
+                "with train.resume=latest"
+            )
+        share = float(applies.isnan().float().mean()) if len(applies) else 0.0
         if share > allowed:
             saved = save(run, step)
             raise UserError(

@@ -40,7 +40,8 @@ class ModelResult:
     model: str  # its name in tables and folders
     checkpoints: list[str]
     images: list[str]  # paths below the report's folder, prompt by prompt
-    scores: dict[str, list[list[float]]]  # a reward: [prompts, images], NaN where not scored
+    # a reward: [prompts, images]; NaN where not scored, None where it does not apply
+    scores: dict[str, list[list[float | None]]]
     metrics: dict[str, Summary]
 
 
@@ -142,8 +143,8 @@ def _generate(
 
 def _score(
     rewards: Mapping[str, Reward], rows: Sequence[dict], images: Sequence[list[Image.Image]]
-) -> dict[str, list[list[float]]]:
-    """Per reward [prompts, images]; NaN where it could not be scored."""
+) -> dict[str, list[list[float | None]]]:
+    """Per reward [prompts, images]; NaN where it failed, None where it does not apply."""
     inputs = [
         RewardInput(image, row["prompt"], row)
         for row, prompt_images in zip(rows, images, strict=True)

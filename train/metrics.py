@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from duet.train.advantages import weighted
+from duet.train.advantages import NOT_APPLICABLE, weighted
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -59,21 +59,31 @@ def reward_metrics(
 ) -> dict[str, float]:
     """`reward` (weighted sum), `reward_std` (mean within groups) and each reward's mean and std.
 
-    Scores [B, R] of all processes. A NaN is left out, with the sums it stands in, and
-    counted as `rewards/<name>/not_scored`; what nothing is left of is NaN.
+    Scores [B, R] of all processes. A NaN is left out, with the sums it stands in; where a reward
+    does not apply, the sum is that of the others, and none where no other does. Shares of all
+    samples: `rewards/<name>/not_scored` and `not_applicable`. What nothing is left of is NaN.
     """
     total = weighted(scores, weights).sum(-1)
+    asked = ((scores != NOT_APPLICABLE) & (weights != 0)).any(-1) | (weights == 0).all()
+    total = total.where(asked, math.nan)
     stds = torch.stack([_std(total[group_ids == g]) for g in group_ids.unique()])
     metrics = {"reward": float(total.nanmean()), "reward_std": float(stds.nanmean())}
     for i, name in enumerate(names):
         column = scores[:, i]
-        metrics[f"rewards/{name}/mean"] = float(column.nanmean())
+        metrics[f"rewards/{name}/mean"] = score_mean(column)
         metrics[f"rewards/{name}/std"] = float(_std(column))
         metrics[f"rewards/{name}/not_scored"] = float(column.isnan().float().mean())
+        without = (column == NOT_APPLICABLE).float().mean()
+        metrics[f"rewards/{name}/not_applicable"] = float(without)
     return metrics
+
+
+def score_mean(column: torch.Tensor) -> float:
+    """Of what was scored; NaN where nothing was."""
+    return float(column[column.isfinite()].mean())
 
 
 def _std(values: torch.Tensor) -> torch.Tensor:
     """Unbiased standard deviation of what was scored; NaN for fewer than two."""
-    scored = values[~values.isnan()]
+    scored = values[values.isfinite()]
     return scored.std() if len(scored) > 1 else torch.tensor(math.nan)

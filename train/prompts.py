@@ -1,10 +1,12 @@
 """The groups of prompts that a rollout draws."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from duet.rewards.wanted_text import unseen_texts
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,16 @@ def draw_groups(
 def shard(groups: Sequence[Group], rank: int, world_size: int) -> list[Group]:
     """This process's whole groups; the caller has checked that they divide evenly."""
     return list(groups[rank::world_size])
+
+
+def untold_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line about prompts that ask for text which GLM-Image is not told to draw."""
+    untold = [(row["prompt"], text) for row in rows for text in unseen_texts(row["prompt"])[:1]]
+    if not untold:
+        return None
+    prompt, text = untold[0]
+    return (
+        f"{len(untold)} of {len(rows)} prompts ask for text in quotation marks that the model's "
+        f"glyph encoder does not read, such as {text!r} in {prompt!r:.80}: it reads "
+        "'...', \"...\", \u201c...\u201d and \u300c...\u300d"
+    )

@@ -11,13 +11,15 @@ from tqdm import tqdm
 
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
+from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
+from duet.train.advantages import NOT_APPLICABLE
 from duet.train.prompts import Group
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of B samples by name, each float32 [B], NaN where not scored."""
+    """Rewards of B samples by name, each float32 [B]: NaN not scored, NOT_APPLICABLE."""
 
     trained: Mapping[str, Tensor]
     watched: Mapping[str, Tensor]  # measured and never trained on
@@ -50,9 +52,13 @@ class Scorer:
         sizes = [len(r.images) for r in rollouts]
 
         def columns(rewards: Mapping[str, Reward]) -> dict[str, Tensor]:
-            return {n: torch.tensor(score(r, n, inputs, sizes)) for n, r in rewards.items()}
+            return {n: _column(score(r, n, inputs, sizes)) for n, r in rewards.items()}
 
         return Scores(columns(self.trained), columns(self.watched))
+
+
+def _column(answers: Sequence[Answer]) -> Tensor:
+    return torch.tensor([NOT_APPLICABLE if a is None else a for a in answers], dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from tqdm import tqdm
 
 from duet.configs.errors import UserError
 from duet.configs.rows import load_rows
@@ -19,6 +20,7 @@ from duet.train.checkpoint import Start, find_start
 from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
+from duet.train.prompts import untold_text
 from duet.train.scoring import Scorer
 from duet.train.stages import STAGES, Stage
 from duet.train.tuning import Lora
@@ -53,6 +55,9 @@ def prepare(config: RunConfig) -> Run:
     rows = load_rows(config.data.train)
     load_rows(config.data.eval)
     accelerator = _accelerator(config)
+    untold = untold_text(rows)
+    if untold and accelerator.is_main_process and any(r.name == "ocr" for r in config.rewards):
+        tqdm.write(f"duet: {untold}")
     divided = geometry(config, accelerator.num_processes)
     start = find_start(config, accelerator.num_processes)
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))

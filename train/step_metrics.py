@@ -5,7 +5,7 @@ import torch
 from duet.train.advantages import Advantages
 from duet.train.collect import Collected
 from duet.train.learn import Learned
-from duet.train.metrics import reward_metrics
+from duet.train.metrics import reward_metrics, score_mean
 from duet.train.setup import Run
 from duet.train.together import gather_rows
 from duet.train.watch import image_metrics
@@ -20,7 +20,7 @@ def step_metrics(
     metrics = learned.metrics | reward_metrics(
         scores.table, run.weights, names, collected.all_group_ids
     )
-    metrics |= {f"watch/{n}/mean": float(v.nanmean()) for n, v in scores.watched.items()}
+    metrics |= {f"watch/{n}/mean": score_mean(v) for n, v in scores.watched.items()}
     looks = image_metrics(r.images for r in collected.rollouts)
     looks["frac_reward_zero_std"] = advantages.frac_reward_zero_std
     means = gather_rows(run.accelerator, torch.tensor([list(looks.values())])).mean(0).tolist()

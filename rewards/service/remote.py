@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from urllib.parse import quote
 
-import httpx
-
 from duet.configs.errors import UserError
+from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
-from duet.rewards.service.endpoints import Conversation, Endpoints, converse
+from duet.rewards.service.endpoints import Conversation, Endpoints, ask_all
+from duet.rewards.service.http import is_address
 from duet.rewards.service.pictures import SAVE, WireError
 from duet.rewards.service.wire import (
     TOKEN_ENV,
@@ -63,7 +63,7 @@ class Remote:
 
     def load(self) -> None:
         """Raises UserError unless a server answers that it is ready and offers this reward."""
-        converse(self.endpoints, self._check)
+        ask_all(self.endpoints, self._check)
 
     async def _check(self, conversation: Conversation) -> None:
         health = await conversation.ask("/health", self._read_health)
@@ -90,12 +90,12 @@ class Remote:
             raise WireError(f"does not serve {self.reward!r}: served are {names}")
         return health
 
-    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        return converse(self.endpoints, partial(self._score, inputs=inputs))
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[Answer]:
+        return ask_all(self.endpoints, partial(self._score, inputs=inputs))
 
     async def _score(
         self, conversation: Conversation, inputs: Sequence[RewardInput]
-    ) -> list[float]:
+    ) -> list[Answer]:
         path = f"/score/{quote(self.reward, safe='')}"
         size = max(1, len(inputs)) if self.whole_groups else self.batch_size
         scores, lost = [], 0
@@ -126,19 +126,10 @@ def _addresses(url: object) -> list[str]:
     given = [url] if isinstance(url, str) else url
     _require(isinstance(given, list) and given != [], "url", url, "an address, or a list of them")
     for address in given:
-        _require(_is_address(address), "url", address, "an address like http://127.0.0.1:8000")
+        _require(is_address(address), "url", address, "an address like http://127.0.0.1:8000")
     urls = [address.rstrip("/") for address in given]
     _require(len(set(urls)) == len(urls), "url", url, "every address once")
     return urls
-
-
-def _is_address(url: object) -> bool:
-    try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        return False
-    http = parts.scheme in ("http", "https") and parts.host != "" and (parts.port or 80) < 2**16
-    return http and not parts.query and not parts.fragment
 
 
 def _is(kind: type, value: object) -> bool:

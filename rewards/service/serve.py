@@ -14,11 +14,14 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import Reward, score
 from duet.rewards.registry import load_reward, load_weights
+from duet.rewards.service import patience
+from duet.rewards.service.patience import PatientProtocol
 from duet.rewards.service.pictures import WireError
 from duet.rewards.service.wire import (
     TOKEN_ENV,
@@ -47,7 +50,7 @@ def serve(configs: Sequence[RewardConfig], host: str, port: int, max_body: int) 
     with listener, ThreadPoolExecutor(1) as loader:
         loading = loader.submit(load_weights, rewards)
         app = make_app(rewards, loading, token, max_body)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http=PatientProtocol))
         loading.add_done_callback(lambda done: _stop_on_error(server, done))
         address = f"http://{host}:{listener.getsockname()[1]}"
         guard = f"token of {TOKEN_ENV}" if token else "no token"
@@ -79,7 +82,9 @@ def make_app(
 
     @app.exception_handler(Refused)
     async def refuse(request: Request, refused: Refused) -> JSONResponse:
-        return JSONResponse({"error": " ".join(str(refused).split())}, refused.status)
+        line = " ".join(str(refused).split())
+        # what is left of the body is not waited for
+        return JSONResponse({"error": line}, refused.status, {"Connection": "close"})
 
     @app.get("/health")
     async def health(request: Request) -> JSONResponse:
@@ -116,10 +121,16 @@ def _authorised(request: Request, token: str | None) -> bool:
 async def _read(request: Request, max_body: int) -> bytes:
     """The body, counted as it comes: it need not tell its length, nor the truth."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_body:
-            raise Refused(413, f"the body is larger than {max_body} bytes: send fewer samples")
+    try:
+        async with asyncio.timeout(patience.BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_body:
+                    raise Refused(413, f"the body is larger than {max_body} bytes: send less")
+    except TimeoutError as error:
+        raise Refused(408, f"no whole body in {patience.BODY_SECONDS:g} s") from error
+    except ClientDisconnect as error:
+        raise Refused(499, "the client has gone") from error
     return bytes(body)
 
 

@@ -1,15 +1,18 @@
 """The JSON that travels between the `remote` reward and `duet rewards serve`.
 
-    POST /score/NAME  {"samples": [{"prompt": "a card", "row": {...}, "image": BASE64,
+    POST /score/NAME  {"version": 2,
+                       "samples": [{"prompt": "a card", "row": {...}, "image": BASE64,
                                     "pictures": {"source": BASE64}}]}
-    200               {"scores": [0.5, null]}                 null: not scored (NaN)
+    200               {"version": 2, "scores": [0.5, null, "nan"]}
+                      null: does not apply; "nan": could not be scored
     any other status  {"error": "one line"}
 
-    GET /health       {"ready": true, "authorised": true,   its weights; this request's token
+    GET /health       {"version": 2, "ready": true, "authorised": true,
                        "rewards": {"ocr": {"whole_groups": false}}}
+                      whether weights are loaded; whether this request has the token
 
 The row's own pictures travel as the reward would see them (`RewardInput.picture`); the
-paths that named them stay at home.
+paths that named them stay at home. Version 1 told none, and had null for what was not scored.
 """
 
 import json
@@ -23,9 +26,13 @@ from typing import Any
 
 from duet.configs.errors import UserError
 from duet.configs.rows import PICTURES
+from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
+from duet.rewards.service.http import excerpt
 from duet.rewards.service.pictures import PictureReader, WireError, encode_picture
 
+VERSION = 2
+NOT_SCORED = "nan"
 TOKEN_ENV = "DUET_REWARDS_TOKEN"
 
 
@@ -53,7 +60,7 @@ def encode_request(inputs: Sequence[RewardInput], image_format: str) -> bytes:
                 "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items()},
             }
         )
-    return json.dumps({"samples": samples}).encode()
+    return json.dumps({"version": VERSION, "samples": samples}).encode()
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -74,7 +81,7 @@ def decode_request(body: bytes, folder: Path) -> list[RewardInput]:
 
     Raises WireError for anything but the form above, naming the field.
     """
-    fields = _fields(_load(body), "the request", {"samples": list})
+    fields = _fields(_load(body, "the request"), "the request", {"samples": list})
     if not fields["samples"]:
         raise WireError("samples is empty")
     reader = PictureReader()
@@ -99,26 +106,31 @@ def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> Rew
     return RewardInput(image, fields["prompt"], row)
 
 
-def encode_scores(scores: Sequence[float]) -> dict[str, list[float | None]]:
-    return {"scores": [None if math.isnan(s) else s for s in scores]}
+def encode_scores(scores: Sequence[Answer]) -> dict[str, Any]:
+    told = [NOT_SCORED if s is not None and math.isnan(s) else s for s in scores]
+    return {"version": VERSION, "scores": told}
 
 
-def decode_scores(body: bytes, count: int) -> list[float]:
-    """Scores of `count` samples, NaN where not scored.
+def decode_scores(body: bytes, count: int) -> list[Answer]:
+    """Scores of `count` samples, NaN where not scored, None where the reward does not apply.
 
-    Raises WireError for another count, and for anything but finite numbers and null.
+    Raises WireError for another count, and for anything but finite numbers, null and "nan".
     """
-    scores = _fields(_load(body), "the answer", {"scores": list})["scores"]
+    scores = _fields(_load(body, "the answer"), "the answer", {"scores": list})["scores"]
     if len(scores) != count:
         raise WireError(f"{len(scores)} scores for {count} samples")
     return [_score(value) for value in scores]
 
 
-def _score(value: Any) -> float:
+def _score(value: Any) -> Answer:
     if value is None:
+        return None
+    if value == NOT_SCORED:
         return math.nan
     if type(value) not in (int, float) or abs(value) > sys.float_info.max:
-        raise WireError(f"{str(value)[:40]!r} is no score: finite numbers and null are")
+        raise WireError(
+            f"{str(value)[:40]!r} is no score: finite numbers, null and {NOT_SCORED} are"
+        )
     return float(value)
 
 
@@ -131,13 +143,14 @@ class Health:
 
 def encode_health(health: Health) -> dict[str, Any]:
     rewards = {name: {"whole_groups": whole} for name, whole in health.whole_groups.items()}
-    return {"ready": health.ready, "authorised": health.authorised, "rewards": rewards}
+    ready, authorised = health.ready, health.authorised
+    return {"version": VERSION, "ready": ready, "authorised": authorised, "rewards": rewards}
 
 
 def decode_health(body: bytes) -> Health:
     """Raises WireError for anything but the form above."""
     kinds = {"ready": bool, "authorised": bool, "rewards": dict}
-    fields = _fields(_load(body), "the health page", kinds)
+    fields = _fields(_load(body, "the health page"), "the health page", kinds)
     whole_groups = {
         name: _fields(reward, f"rewards.{name}", {"whole_groups": bool})["whole_groups"]
         for name, reward in fields["rewards"].items()
@@ -145,19 +158,25 @@ def decode_health(body: bytes) -> Health:
     return Health(fields["ready"], fields["authorised"], whole_groups)
 
 
-def _load(body: bytes) -> Any:
+def _load(body: bytes, where: str) -> Any:
+    """Without its version. Raises WireError for another one."""
+
     def refuse(literal: str) -> None:
         raise ValueError(f"{literal} is no JSON")
 
     try:
-        return json.loads(body, parse_constant=refuse)
+        tree = json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON ({error}): it begins {excerpt(body)}") from error
-
-
-def excerpt(body: bytes) -> str:
-    """The beginning of a body, for a message of one line."""
-    return ascii(" ".join(body[:160].decode(errors="replace").split()))
+    if not isinstance(tree, dict):
+        return tree
+    version = tree.pop("version", 1)
+    if version != VERSION:
+        raise WireError(
+            f"{where} is in version {version!r:.20} of the wire form, and here it is {VERSION}: "
+            "run the same version of duet on both sides"
+        )
+    return tree
 
 
 def _fields(tree: Any, where: str, kinds: dict[str, type]) -> dict[str, Any]:
