@@ -21,6 +21,7 @@ from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
 from duet.train.prompts import untold_text
+from duet.train.recompute import recompute_blocks
 from duet.train.scoring import Scorer
 from duet.train.stages import STAGES, Stage
 from duet.train.tuning import Lora
@@ -69,6 +70,8 @@ def prepare(config: RunConfig) -> Run:
     gate.check_reference(engine, rows[0]["prompt"], stage.size, config.arithmetic.precision)
     tuning = Lora(config.lora, AdapterInfo(config.stage, config.model.path, config.arithmetic))
     module = stage.part.module(pipeline)
+    if config.optim.gradient_checkpointing:
+        recompute_blocks(module, stage.part.block)
     policy = Policy(accelerator, module, tuning, config.optim, divided.updates)
     if start.checkpoint:
         policy.load(start.checkpoint)
