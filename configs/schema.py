@@ -20,6 +20,9 @@ class ModelConfig(Section):
     path: str = setting("a local folder or a hub id, in the layout of GlmImagePipeline")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
+    offload: Literal["none", "phase"] = setting(
+        "phase: parts that a phase does not need wait on the CPU", "none"
+    )
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,12 @@ class OptimConfig(Section):
     gradient_accumulation_steps: int = setting(
         "backward passes in an update", 1, least=1, most=_MANY
     )
+    gradient_checkpointing: bool = setting(
+        "blocks keep their inputs alone and are computed again in backward", False
+    )
+    steps_per_backward: int = setting(
+        "decoder: SDE steps in one backward pass; 0: the window at once", 0, least=0, most=998
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,3 +301,13 @@ class RunConfig(Section):
         steps = self.sampling.num_inference_steps
         allowed = f"at most num_inference_steps - 1 = {steps - 1}: the last step follows the ODE"
         require(last < steps, "sde.window_start_max + sde.window_size", last, allowed)
+        self._require_steps_per_backward()
+
+    def _require_steps_per_backward(self) -> None:
+        at_once, window = self.optim.steps_per_backward, self.sde.window_size
+        if not at_once:
+            return
+        name = "optim.steps_per_backward"
+        require(window % at_once == 0, name, at_once, f"a divisor of sde.window_size = {window}")
+        whole = at_once == window or self.grpo.importance_sampling_level == "token"
+        require(whole, name, at_once, "0 where importance_sampling_level is sequence")

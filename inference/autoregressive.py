@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.checkpoint import checkpoint
 
 from duet.configs.schema import SamplingConfig
 from duet.inference.prompt import PromptBatch
@@ -118,9 +119,18 @@ def score_tokens(
     ).logits
     support = None
     if first.support is not None:
-        packed = torch.cat([t.support for t in trajectories]).to(device)
-        support = unpack_support(packed, codebook_size)
-    distribution = policy_logprobs(logits, codebook_size, first.temperature, support)
-    logprobs = distribution.gather(-1, tokens[..., None])[..., 0]
-    entropy = torch.special.entr(distribution.detach().exp()).sum(-1)
-    return TokenScores(logprobs, entropy)
+        support = torch.cat([t.support for t in trajectories]).to(device)
+
+    def score(part: slice) -> tuple[Tensor, Tensor]:
+        kept = None if support is None else unpack_support(support[:, part], codebook_size)
+        distribution = policy_logprobs(logits[:, part], codebook_size, first.temperature, kept)
+        logprobs = distribution.gather(-1, tokens[:, part, None])[..., 0]
+        return logprobs, torch.special.entr(distribution.detach().exp()).sum(-1)
+
+    # float32 over the codebook stands for one part of the positions; backward makes it again
+    parts = [slice(i, i + POSITIONS) for i in range(0, tokens.shape[1], POSITIONS)]
+    scores = [checkpoint(score, part, use_reentrant=False) for part in parts]
+    return TokenScores(*(torch.cat(columns, 1) for columns in zip(*scores, strict=True)))
+
+
+POSITIONS = 256  # of float32 [B, positions, V] at once: 16 MiB a sample

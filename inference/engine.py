@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import GlmImagePipeline
+from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from duet.inference.decoding import TokenJob
 from duet.inference.flow import make_schedule
 from duet.inference.glyphs import glyph_embedding
 from duet.inference.layout import Size, upsample_prior
+from duet.inference.placement import Placement
 from duet.inference.prompt import text_prompt
 from duet.inference.request import Request
 from duet.inference.rollout import (
@@ -52,13 +54,16 @@ class Engine:
         batch_size: int = 16,
         autocast: torch.dtype | None = None,
         progress: bool = True,
+        placement: Placement | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.placement = placement or Placement(pipeline)
         self.sampling = sampling
         self.sde = sde
         self.batch_size = batch_size
         self.autocast = autocast
         self.progress = progress
+        self.placement.bring("text_encoder", "transformer", "vae")
         self.null_glyphs = self._glyphs("")
 
     @classmethod
@@ -66,11 +71,12 @@ class Engine:
         """As a run's config has it."""
         autocast = autocast_dtype(config.arithmetic)
         size = config.rollout.batch_size
-        return cls(pipeline, config.sampling, config.sde, size, autocast, progress)
+        placement = Placement(pipeline, config.model)
+        return cls(pipeline, config.sampling, config.sde, size, autocast, progress, placement)
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.transformer.device
+        return self.placement.device
 
     @property
     def codebook_size(self) -> int:
@@ -102,11 +108,13 @@ class Engine:
 
     def score_tokens(self, trajectories: Sequence[TokenTrajectory], model: Module) -> TokenScores:
         """All samples under the current weights; `model`: the AR, or what wraps it (DDP)."""
+        self.placement.bring("vision_language_encoder")
         with self.arithmetic():
             return autoregressive.score_tokens(model, trajectories, self.codebook_size, self.device)
 
     def score_steps(self, trajectory: LatentTrajectory, model: Module) -> StepScores:
         """The trained steps under the current weights; `model`: the DiT, or what wraps it."""
+        self.placement.bring("transformer")
         with self.arithmetic():
             return decoder.score_steps(model, trajectory, self.device)
 
@@ -121,9 +129,17 @@ class Engine:
         channels = self.pipeline.transformer.config.in_channels
         return torch.randn((channels, *size.latent), generator=seeded(seed, "noise"))
 
+    def encode_prior(self, picture: Image.Image, size: Size) -> Tensor:
+        """The large-grid tokens [h * w] that the AR's own vision tower gives a picture."""
+        self.placement.bring("vision_language_encoder")
+        with self.arithmetic():
+            return pictures.encode_prior(self.pipeline, picture, size)
+
     def sample_tokens(self, requests: Sequence[Request]) -> list[TokenTrajectory | None]:
         """A trajectory a request, None where its prior is given."""
         written = [r for r in requests if r.prior is None]
+        if written:
+            self.placement.bring("vision_language_encoder")
         prompts = [text_prompt(self.pipeline.processor, r) for r in written]
         jobs = [
             TokenJob(p, seed) for p, r in zip(prompts, written, strict=True) for seed in r.seeds
@@ -144,6 +160,7 @@ class Engine:
         self, requests: Sequence[Request], priors: Sequence[Tensor], window: range = range(0)
     ) -> list[Decoded]:
         """Denoise every sample of the requests, each with its prior, int64 [N, h * w]."""
+        self.placement.bring("text_encoder", "transformer", "vae")
         jobs = [
             LatentJob(given, self._noise(request, seed), seed)
             for request, prior in zip(requests, priors, strict=True)

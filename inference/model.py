@@ -21,8 +21,12 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> GlmImagePipeline:
+def load_pipeline(
+    path: str, dtype: str = "float32", device: str = "auto", offload: str = "none"
+) -> GlmImagePipeline:
     """The seven parts of a local folder or a hub id, frozen, in eval mode.
+
+    With `offload` phase on the CPU, where they wait for their phase.
 
     Raises UserError when there is no such model.
     """
@@ -37,7 +41,7 @@ def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> Gl
         found = "" if folder.is_dir() else "no such folder, and as a hub id it "
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path = {path!r}: {found}cannot be loaded: {reason}") from error
-    return freeze(pipeline).to(pick_device(device))
+    return freeze(pipeline).to(pick_device("cpu" if offload == "phase" else device))
 
 
 def freeze(pipeline: GlmImagePipeline) -> GlmImagePipeline:

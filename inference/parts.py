@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import GlmImagePipeline
+from diffusers.models.transformers.transformer_glm_image import GlmImageTransformerBlock
 from torch.nn import Module
+from transformers.models.glm_image.modeling_glm_image import GlmImageTextDecoderLayer
 
 _DIT_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -16,6 +18,7 @@ class Part:
 
     name: str  # the stage's
     component: str  # the attribute of GlmImagePipeline
+    block: type[Module]  # its repeated layer
     lora_targets: tuple[str, ...]  # names that occur in the trained layers only
     write_adapter: Callable[[Module, Path], None]
     read_adapter: Callable[[Module, Path], None]
@@ -46,6 +49,7 @@ def _read_diffusers(module: Module, folder: Path) -> None:
 AR = Part(
     "ar",
     "vision_language_encoder",
+    GlmImageTextDecoderLayer,
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     _write_peft,
     _read_peft,
@@ -53,6 +57,7 @@ AR = Part(
 DECODER = Part(
     "decoder",
     "transformer",
+    GlmImageTransformerBlock,
     ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
     _write_diffusers,
     _read_diffusers,

@@ -90,6 +90,17 @@ class LatentTrajectory(Samples):
     latents: Tensor  # float32 [N, K + 1, C, h, w]; step k goes from k to k + 1
     logprobs: Tensor  # float32 [N, K], nats, mean over latent dimensions
 
+    def steps(self, part: slice) -> Self:
+        """Some of the K steps, by themselves."""
+        window = self.how.window[part]
+        first = window.start - self.how.window.start
+        return replace(
+            self,
+            how=replace(self.how, window=window),
+            latents=self.latents[:, first : first + len(window) + 1],
+            logprobs=self.logprobs[:, part],
+        )
+
 
 @dataclass(frozen=True)
 class Decoded(Samples):

@@ -12,6 +12,7 @@ from duet.train.advantages import group_advantages
 from duet.train.loss import (
     DR_GRPO_LENGTH,
     Actions,
+    Counts,
     importance_ratio,
     k3_kl,
     policy_loss,
@@ -127,7 +128,7 @@ def test_clipping_has_two_sides():
     new = torch.tensor([[0.5], [1.6], [0.5], [1.6]]).log()
     gain = torch.tensor([1.0, 1.0, -1.0, -1.0])
     result = policy_loss(
-        Actions(new, old, gain), GrpoConfig(epsilon=0.2, epsilon_high=0.4), mean_actions=4
+        Actions(new, old, gain), GrpoConfig(epsilon=0.2, epsilon_high=0.4), Counts(1, 4)
     )
     # -min(r A, clip A): -0.5, -1.4, +0.8, +1.6
     assert float(result.loss) == pytest.approx((-0.5 - 1.4 + 0.8 + 1.6) / 4)
@@ -141,13 +142,15 @@ def test_clipping_has_two_sides():
 def test_gradient_at_ratio_one_is_that_of_the_policy_gradient():
     logprobs = torch.zeros(2, 3, requires_grad=True)
     actions = Actions(logprobs, torch.zeros(2, 3), torch.tensor([2.0, -1.0]))
-    policy_loss(actions, GrpoConfig(), 6).loss.backward()
+    policy_loss(actions, GrpoConfig(), Counts(3, 6)).loss.backward()
     assert logprobs.grad.tolist() == [pytest.approx([-2 / 6] * 3), pytest.approx([1 / 6] * 3)]
 
 
 def test_dr_grpo_divides_by_a_constant():
     new, gain = torch.zeros(2, 50), torch.tensor([1.0, 3.0])
-    loss = policy_loss(Actions(new, new, gain), GrpoConfig(loss_type="dr_grpo"), 100).loss
+    loss = policy_loss(
+        Actions(new, new, gain), GrpoConfig(loss_type="dr_grpo"), Counts(50, 100)
+    ).loss
     assert float(loss) == pytest.approx(-(50 * 1 + 50 * 3) / 2 / DR_GRPO_LENGTH)
 
 
@@ -161,17 +164,17 @@ def test_gspo_takes_the_geometric_mean_of_a_sequence():
     )
     config = GrpoConfig(importance_sampling_level="sequence", epsilon=0.2)
     actions = Actions(new, torch.zeros(1, 3), torch.ones(1))
-    assert float(policy_loss(actions, config, 3).loss) == pytest.approx(-1.2)
+    assert float(policy_loss(actions, config, Counts(3, 3)).loss) == pytest.approx(-1.2)
 
 
 def test_dapo_weighs_every_action_of_the_step_the_same():
     """TRL's dapo: the sum over a step's actions over their number, micro-batch by micro-batch."""
     config = GrpoConfig(loss_type="dapo")
     short, long = torch.zeros(2, 3), torch.zeros(1, 9)
-    mean_actions = (6 + 9) / 2
+    mean = (6 + 9) / 2
     losses = [
-        policy_loss(Actions(short, short, torch.tensor([1.0, 2.0])), config, mean_actions).loss,
-        policy_loss(Actions(long, long, torch.tensor([5.0])), config, mean_actions).loss,
+        policy_loss(Actions(short, short, torch.tensor([1.0, 2.0])), config, Counts(3, mean)).loss,
+        policy_loss(Actions(long, long, torch.tensor([5.0])), config, Counts(9, mean)).loss,
     ]
     # the two micro-batches are averaged, as gradient accumulation does
     assert float(sum(losses) / 2) == pytest.approx(-(3 * 1 + 3 * 2 + 9 * 5) / 15)
@@ -183,7 +186,7 @@ def test_an_importance_weight_is_truncated_and_scales_the_gain_alone():
     assert weight[0].tolist() == pytest.approx([2.0, 0.8, 3.0])
     kl = torch.full((1, 3), 0.5)
     actions = Actions(old, old, torch.ones(1), kl, weight)
-    loss = policy_loss(actions, GrpoConfig(beta=0.1), 3).loss
+    loss = policy_loss(actions, GrpoConfig(beta=0.1), Counts(3, 3)).loss
     assert float(loss) == pytest.approx(-(2.0 + 0.8 + 3.0) / 3 + 0.1 * 0.5)
 
 
@@ -197,7 +200,9 @@ def test_k3_is_an_unbiased_kl():
 def test_beta_weighs_the_kl():
     kl = torch.full((1, 2), 0.25)
     zero = torch.zeros(1, 2)
-    loss = policy_loss(Actions(zero, zero, torch.zeros(1), kl), GrpoConfig(beta=0.4), 2).loss
+    loss = policy_loss(
+        Actions(zero, zero, torch.zeros(1), kl), GrpoConfig(beta=0.4), Counts(2, 2)
+    ).loss
     assert float(loss) == pytest.approx(0.1)
 
 

@@ -125,7 +125,8 @@ def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
 def _generate(
     config: RunConfig, checkpoints: Sequence[str], rows: Sequence[dict]
 ) -> list[list[Image.Image]]:
-    pipeline = load_pipeline(config.model.path, config.model.dtype, config.model.device)
+    model = config.model
+    pipeline = load_pipeline(model.path, model.dtype, model.device, model.offload)
     for checkpoint in checkpoints:
         load_adapter(pipeline, checkpoint)
     engine = Engine.of(pipeline, config)

@@ -111,6 +111,7 @@ def compare_with_stock(engine: Engine, prompt: str, size: Size) -> Comparison:
     request = Request(prompt, (_SEED,), size, noise=noise)
     prior = engine.priors([request])[0]
     pipeline, sampling = engine.pipeline, engine.sampling
+    # the stock pipeline runs where its parts are: `decode` has brought those that it needs
     with _listening(pipeline.transformer) as ours:
         pixels = engine.decode([request], [prior])[0].pixels
     with _listening(pipeline.transformer) as theirs, engine.arithmetic():

@@ -24,6 +24,14 @@ class Actions:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a loss is averaged over, also where a part of a sample's actions is given."""
+
+    sample: int  # T, the actions of one sample
+    batch: float  # of a micro-batch of this step, in the mean over all processes
+
+
+@dataclass(frozen=True)
 class PolicyLoss:
     loss: Tensor  # scalar
     metrics: dict[str, Tensor]  # scalars, detached; `/min` and `/max` name extremes
@@ -42,11 +50,10 @@ def truncated_weight(old: Tensor, sampled: Tensor, cap: float) -> Tensor:
     return (old - sampled).exp().clamp(max=cap)
 
 
-def policy_loss(actions: Actions, config: GrpoConfig, mean_actions: float) -> PolicyLoss:
+def policy_loss(actions: Actions, config: GrpoConfig, counts: Counts) -> PolicyLoss:
     """-w min(r A, clip(r, 1 - eps, 1 + eps_high) A) + beta kl, normalised as `loss_type` says.
 
-    `mean_actions`: how many actions a micro-batch of this step has in the mean over all
-    processes; what normalises over the whole step divides by it.
+    The losses of parts of a sample's actions add up to the whole's.
     """
     ratio = importance_ratio(actions.logprobs, actions.old, config.importance_sampling_level)
     low = 1 - config.epsilon
@@ -57,12 +64,11 @@ def policy_loss(actions: Actions, config: GrpoConfig, mean_actions: float) -> Po
         per_action = per_action * actions.weight
     if config.beta > 0:
         per_action = per_action + config.beta * actions.kl
-    loss = NORMALISED[config.loss_type](per_action, mean_actions)
+    loss = NORMALISED[config.loss_type](per_action, counts)
     detached = ratio.detach()
     clipped_low = (detached < low) & (gain < 0)
     clipped_high = (detached > high) & (gain > 0)
     metrics = {
-        "loss": loss.detach(),
         "ratio/mean": detached.mean(),
         "ratio/min": detached.min(),
         "ratio/max": detached.max(),
@@ -82,22 +88,22 @@ def policy_loss(actions: Actions, config: GrpoConfig, mean_actions: float) -> Po
 DR_GRPO_LENGTH = 1000.0  # any constant: it only scales the learning rate
 
 
-def _grpo(per_action: Tensor, mean_actions: float) -> Tensor:
+def _grpo(per_action: Tensor, counts: Counts) -> Tensor:
     """Mean over a sample's actions, then over samples."""
-    return per_action.mean()
+    return per_action.sum(-1).mean() / counts.sample
 
 
-def _dr_grpo(per_action: Tensor, mean_actions: float) -> Tensor:
+def _dr_grpo(per_action: Tensor, counts: Counts) -> Tensor:
     """Sum over actions over a constant, so that none weighs less in a longer sequence."""
     return per_action.sum(-1).mean() / DR_GRPO_LENGTH
 
 
-def _dapo(per_action: Tensor, mean_actions: float) -> Tensor:
+def _dapo(per_action: Tensor, counts: Counts) -> Tensor:
     """Mean over all actions of the step: every token weighs the same (arXiv 2503.14476)."""
-    return per_action.sum() / mean_actions
+    return per_action.sum() / counts.batch
 
 
-NORMALISED: dict[str, Callable[[Tensor, float], Tensor]] = {
+NORMALISED: dict[str, Callable[[Tensor, Counts], Tensor]] = {
     "grpo": _grpo,
     "dr_grpo": _dr_grpo,
     "dapo": _dapo,

@@ -1,7 +1,7 @@
 """What is trained: sampled from, compared with its reference, updated, saved."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -69,14 +69,18 @@ class Policy:
         with torch.no_grad(), self.tuning.reference(self.inner):
             yield self.inner
 
-    def update(self, loss: Tensor) -> Tensor | None:
-        """Backward; on the last micro-batch of an update clip and step.
+    def synchronising(self, last: bool) -> AbstractContextManager[None]:
+        """While open, a backward pass; the `last` of a micro-batch shares gradients where an
+        update is due."""
+        return nullcontext() if last else self.accelerator.no_sync(self.module)
+
+    def step(self) -> Tensor | None:
+        """After a micro-batch's backward: on the last one of an update clip and step.
 
         Call it inside `accelerator.accumulate(policy.module)`. Returns the gradient's norm
         before clipping where a step was made.
         """
         accelerator, norm = self.accelerator, None
-        accelerator.backward(loss)
         if accelerator.sync_gradients:
             norm = accelerator.clip_grad_norm_(self.trained, self.optim.max_grad_norm)
         self.optimizer.step()

@@ -21,6 +21,7 @@ from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
 from duet.train.prompts import untold_text
+from duet.train.recompute import recompute_blocks
 from duet.train.scoring import Scorer
 from duet.train.stages import STAGES, Stage
 from duet.train.tuning import Lora
@@ -62,13 +63,17 @@ def prepare(config: RunConfig) -> Run:
     start = find_start(config, accelerator.num_processes)
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
-    pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
+    model = config.model
+    pipeline = load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload)
     engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
     stage = STAGES[config.stage](engine, config)
     gate.check_schedule(engine, stage.size)
     gate.check_reference(engine, rows[0]["prompt"], stage.size, config.arithmetic.precision)
-    tuning = Lora(config.lora, AdapterInfo(config.stage, config.model.path, config.arithmetic))
+    tuning = Lora(config.lora, AdapterInfo(config.stage, model.path, config.arithmetic))
     module = stage.part.module(pipeline)
+    engine.placement.bring(stage.part.component)
+    if config.optim.gradient_checkpointing:
+        recompute_blocks(module, stage.part.block)
     policy = Policy(accelerator, module, tuning, config.optim, divided.updates)
     if start.checkpoint:
         policy.load(start.checkpoint)

@@ -12,7 +12,6 @@ from torch.nn import Module
 
 from duet.configs.rows import read_picture
 from duet.configs.schema import RunConfig
-from duet.inference import pictures
 from duet.inference.batching import pack
 from duet.inference.engine import Engine
 from duet.inference.flow import Gaussian
@@ -37,6 +36,14 @@ class Scored(Samples):
     gaussian: Gaussian | None = None  # mean [B, T, C, h, w]: of the decoder
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Actions that one backward pass goes through."""
+
+    rollouts: list[Rollout]
+    actions: slice  # which columns of [B, T]
+
+
 class Stage(Protocol):
     """An action is a visual token (AR) or a denoising step (decoder): T of them a sample."""
 
@@ -52,6 +59,9 @@ class Stage(Protocol):
 
     def sampled(self, rollout: Rollout) -> Tensor:
         """Log-probs [N, T] as the sampler recorded them."""
+
+    def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
+        """A micro-batch, in as many backward passes as memory asks for."""
 
     def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
         """The actions of all samples by the module's weights of the moment."""
@@ -80,6 +90,9 @@ class ArStage:
 
     def sampled(self, rollout: Rollout) -> Tensor:
         return rollout.tokens.logprobs
+
+    def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
+        return [Piece(list(rollouts), slice(None))]
 
     def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
         scores = self.engine.score_tokens([r.tokens for r in rollouts], module)
@@ -130,9 +143,7 @@ class DecoderStage:
         return [replace(r, prior=prior) for r, prior in zip(asked, priors, strict=True)]
 
     def _encoded(self, group: Group) -> Tensor:
-        with self.engine.arithmetic():
-            picture = read_picture(group.row["image"])
-            return pictures.encode_prior(self.engine.pipeline, picture, self.size)
+        return self.engine.encode_prior(read_picture(group.row["image"]), self.size)
 
     def window(self, step: int) -> range:
         """One window for all groups of a step, so within each group too."""
@@ -143,6 +154,14 @@ class DecoderStage:
 
     def sampled(self, rollout: Rollout) -> Tensor:
         return rollout.latents.logprobs
+
+    def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
+        window = self.config.sde.window_size
+        at_once = self.config.optim.steps_per_backward or window
+        return [
+            Piece([replace(r, latents=r.latents.steps(part)) for r in rollouts], part)
+            for part in (slice(k, k + at_once) for k in range(0, window, at_once))
+        ]
 
     def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
         samples = [s for rollout in rollouts for s in rollout.latents.split()]

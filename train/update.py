@@ -11,10 +11,10 @@ from tqdm import tqdm
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.train.gap import Gap
-from duet.train.loss import Actions, policy_loss, truncated_weight
+from duet.train.loss import Actions, Counts, policy_loss, truncated_weight
 from duet.train.metrics import Totals
 from duet.train.setup import Run
-from duet.train.stages import Scored, Stage, sampled_logprobs
+from duet.train.stages import Piece, Scored, Stage, sampled_logprobs
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,27 @@ def rescore(
     return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
 
 
+@dataclass(frozen=True)
+class Old:
+    """Log-probs [B, T] of the step's actions before its updates."""
+
+    sampled: Tensor  # as the sampler recorded them
+    rescored: Tensor | None  # by the training forward; None: the first forward's own
+    trainer: bool  # whose the ratio starts from; `rescored` is asked for then alone
+    cap: float  # of the importance weight
+
+    def under(
+        self, scored: Scored, index: list[int], actions: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the ratio of these samples' actions starts from, and its importance weight."""
+        sampled = self.sampled[index][:, actions]
+        if not self.trainer:
+            return sampled, None
+        own = scored.logprobs.detach()
+        old = own if self.rescored is None else self.rescored[index][:, actions]
+        return old, truncated_weight(old, sampled, self.cap)
+
+
 def update(
     run: Run, rollouts: Sequence[Rollout], advantages: Tensor, rescored: Tensor | None
 ) -> dict[str, float]:
@@ -62,29 +83,35 @@ def update(
     advantages = advantages.to(device)
     sampled = sampled_logprobs(run.stage, rollouts, device)
     trainer = run.config.old_logprobs_of == "trainer"
+    before = Old(sampled, rescored, trainer, grpo.importance_sampling_cap)
     batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
-    counts = torch.tensor(float(sampled.numel()), device=device)
-    mean_actions = float(accelerator.reduce(counts, "mean")) / len(batches)
+    total = torch.tensor(float(sampled.numel()), device=device)
+    counts = Counts(sampled.shape[1], float(accelerator.reduce(total, "mean")) / len(batches))
     totals, begun = Totals(), []
     schedule = [(p, b) for p in range(grpo.num_iterations) for b in batches]
     for passed, batch in tqdm(schedule, desc="update", leave=False, disable=not run.shows):
-        with accelerator.accumulate(policy.module):
-            with policy.training() as module:
-                scored = run.stage.score(batch.rollouts, module)
-            old, weight = sampled[batch.index], None
-            if trainer:
-                first = scored.logprobs.detach()
-                old = first if rescored is None else rescored[batch.index]
-                weight = truncated_weight(old, sampled[batch.index], grpo.importance_sampling_cap)
-                if passed == 0:
-                    begun.append(torch.stack([old, sampled[batch.index]]).flatten(1))
-            kl = _kl(run, batch, scored) if grpo.beta > 0 else None
-            actions = Actions(scored.logprobs, old, advantages[batch.index], kl, weight)
-            result = policy_loss(actions, grpo, mean_actions)
-            norm = policy.update(result.loss)
-        totals.add(result.metrics)
-        if scored.entropy is not None:
-            totals.add({"entropy": scored.entropy.mean()})
+        losses = []
+        # dropout must stay on until backward has computed again what it needs
+        with accelerator.accumulate(policy.module), policy.training() as module:
+            pieces = run.stage.pieces(batch.rollouts)
+            for piece in pieces:
+                with policy.synchronising(piece is pieces[-1]):
+                    scored = run.stage.score(piece.rollouts, module)
+                    old, weight = before.under(scored, batch.index, piece.actions)
+                    kl = _kl(run, piece, scored) if grpo.beta > 0 else None
+                    gains = advantages[batch.index]
+                    actions = Actions(scored.logprobs, old, gains, kl, weight)
+                    result = policy_loss(actions, grpo, counts)
+                    accelerator.backward(result.loss)
+                totals.add(result.metrics)
+                losses.append(result.loss.detach())
+                if scored.entropy is not None:
+                    totals.add({"entropy": scored.entropy.mean()})
+                if trainer and passed == 0:
+                    own = sampled[batch.index][:, piece.actions]
+                    begun.append(torch.stack([old, own]).flatten(1))
+            norm = policy.step()
+        totals.add({"loss": torch.stack(losses).sum()})
         if norm is not None:
             totals.add({"grad_norm": norm})
     metrics = totals.reduce(accelerator)
@@ -94,7 +121,7 @@ def update(
     return metrics | {"learning_rate": policy.scheduler.get_last_lr()[0]}
 
 
-def _kl(run: Run, batch: MicroBatch, scored: Scored) -> Tensor:
+def _kl(run: Run, piece: Piece, scored: Scored) -> Tensor:
     with run.policy.reference() as module:
-        reference = run.stage.score(batch.rollouts, module)
+        reference = run.stage.score(piece.rollouts, module)
     return run.stage.kl(scored, reference)

@@ -1,0 +1,31 @@
+"""Where the parts of a pipeline are: on the device, or on the CPU until a phase needs them."""
+
+from diffusers import GlmImagePipeline
+
+from duet.configs.schema import ModelConfig
+from duet.inference.model import pick_device
+
+COMPONENTS = ("vision_language_encoder", "text_encoder", "transformer", "vae")
+
+
+class Placement:
+    """With `offload` none the parts stay where they are; with `phase` those that the phase at
+    hand does not need wait on the CPU.
+
+    Parameters keep their identity, so an optimizer and DDP go on with them.
+    """
+
+    def __init__(self, pipeline: GlmImagePipeline, config: ModelConfig | None = None) -> None:
+        """`config`: None leaves the parts where they are."""
+        self.pipeline, self.moves = pipeline, config is not None and config.offload == "phase"
+        self.device = pick_device(config.device) if self.moves else pipeline.transformer.device
+
+    def bring(self, *needed: str) -> None:
+        """Before a phase: first the others leave, so that the two are never there together."""
+        if not self.moves:
+            return
+        for name in COMPONENTS:
+            if name not in needed:
+                getattr(self.pipeline, name).to("cpu")
+        for name in needed:
+            getattr(self.pipeline, name).to(self.device)
