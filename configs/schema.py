@@ -41,8 +41,19 @@ AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str  # JSONL rows: prompt, and what the rewards read (text, image, ...)
+    train: str  # a file, a folder or a hub id: prompt, and what rewards read (text, image, ...)
     eval: str
+    train_split: str | None = None  # may be left out where there is one
+    eval_split: str | None = None
+    train_revision: str | None = None  # a branch, tag or commit of the hub
+    eval_revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # our key: the dataset's column
+    fit: Literal["crop", "refuse"] = "crop"  # a picture of another shape than the run's
+
+    def __post_init__(self) -> None:
+        pairs = self.columns.items()
+        strings = all(isinstance(part, str) and part for pair in pairs for part in pair)
+        _require(strings, "data.columns", self.columns, "names to names: {prompt: caption}")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_prompt_row_and_its_pictures_travel_as_the_view_shows_them(url, inputs, 
 
 
 def test_nan_travels_and_a_source_picture_too(url, inputs, caplog):
-    edits = [replace(i, row=i.row | {"source": i.row["image"]}) for i in inputs[:2]]
+    edits = [replace(i, row={**i.row, "source": i.row["image"]}) for i in inputs[:2]]
     scores = remote(url, "HasSource")([*edits, inputs[2]])
     assert scores[:2] == [1, 1] and math.isnan(scores[2])
     assert not caplog.records

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from duet.configs.row import Row
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Group:
     """The samples of one prompt in one rollout."""
 
     id: int  # unique in the run
-    row: dict[str, Any]
+    row: Row
     seeds: tuple[int, ...]  # one a sample, for the policy's draws
     fixed_seed: int  # for what is held fixed within the group
 
@@ -24,7 +25,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def draw_groups(
-    rows: Sequence[dict[str, Any]], seed: int, step: int, count: int, num_generations: int
+    rows: Sequence[Row], seed: int, step: int, count: int, num_generations: int
 ) -> list[Group]:
     """The step's groups: a function of (seed, step) alone, so any process can resume anywhere.
 

@@ -1,5 +1,6 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from duet.configs.errors import UserError
-from duet.configs.rows import load_rows
+from duet.configs.row import Row
+from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.inference.adapters import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
+from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.checkpoint import Start, find_start
@@ -35,7 +38,7 @@ class Run:
     policy: Policy
     scorer: Scorer
     weights: torch.Tensor  # [R], of the trained rewards
-    rows: list[dict]
+    rows: Sequence[Row]
     start: Start
 
     @property
@@ -49,9 +52,10 @@ def prepare(config: RunConfig) -> Run:
 
     Raises UserError for anything the user can mend.
     """
-    rows = load_rows(config.data.train)
-    load_rows(config.data.eval)
     accelerator = _accelerator(config)
+    rows, held_out = (
+        rows_of(config, part, accelerator.is_local_main_process) for part in ("train", "eval")
+    )
     divided = geometry(config, accelerator.num_processes)
     start = find_start(config, accelerator.num_processes)
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
@@ -59,8 +63,10 @@ def prepare(config: RunConfig) -> Run:
     pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
     engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
     stage = STAGES[config.stage](engine, config)
+    for each in (rows, held_out):
+        check_prompts(pipeline, each, stage.size, accelerator.is_local_main_process)
     gate.check_schedule(engine, stage.size)
-    gate.check_reference(engine, rows[0]["prompt"], stage.size, config.arithmetic.precision)
+    gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
     tuning = Lora(config.lora, AdapterInfo(config.stage, config.model.path, config.arithmetic))
     module = stage.part.module(pipeline)
     policy = Policy(accelerator, module, tuning, config.optim, divided.updates)
