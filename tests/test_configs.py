@@ -7,7 +7,6 @@ import pytest
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.quotes import quoted_spans
-from duet.configs.rows import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny" / "ar.yaml"
@@ -57,22 +56,6 @@ def test_a_wrong_setting_is_named(override, message):
 def test_a_window_that_reaches_the_last_step_is_refused():
     with pytest.raises(UserError, match="the last step follows the ODE"):
         load_config(TINY.with_name("decoder.yaml"), ["sde.window_size=12"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ('{"prompt": "a"}\n\n{"prompt": \n', r"rows.jsonl:3 is not JSON"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', r'rows.jsonl:2 needs a non-empty "prompt"'),
-        ('{"prompt": "a", "image": "gone.png"}\n', "rows.jsonl:1: image .* does not exist"),
-    ],
-)
-def test_a_bad_prompt_file_is_told_by_its_line(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_rows(path)
 
 
 def test_quoted_spans_follow_the_pipelines_own_rule():

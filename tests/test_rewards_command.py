@@ -92,7 +92,7 @@ MISTAKES = {
     "not YAML": (["score", *ASKED, "--reward", "{name"], "is neither a name nor YAML"),
     "a number": (["score", *ASKED, "--reward", "3"], "--reward[0] = 3 must be a mapping"),
     "twice": (["score", *ASKED, "--reward", SEES, "--reward", SEES], "every name once: give a label"),
-    "missing picture": (["score", "gone.png", "--prompt", "a", "--reward", SEES], "'gone.png' does not exist"),
+    "missing picture": (["score", "gone.png", "--prompt", "a", "--reward", SEES], "'gone.png' cannot be read"),
     "no picture": (["score", "pyproject.toml", "--prompt", "a", "--reward", SEES], "cannot be read"),
     "row is no JSON": (["score", *ASKED, "--reward", SEES, "--row", "{"], "is not JSON"),
     "row is a list": (["score", *ASKED, "--reward", SEES, "--row", "[]"], "must be an object"),
