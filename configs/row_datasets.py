@@ -16,6 +16,9 @@ def read_dataset(path: str, split: str | None, revision: str | None) -> Table:
 
     Raises UserError for what `datasets` cannot read, and for a split that must be named.
     """
+    import datasets  # seconds: only for those who use it
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is told below
     local = Path(path)
     try:
         records = _local(local, split) if local.exists() else _hub(path, split, revision)

@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -33,8 +33,13 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        where, folder = self.table.where(index), self.table.folder
-        return make_row(self.table.records[index], where, folder, self.columns)
+        return self._made(index, self.table.records[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._made(index, record) for index, record in enumerate(self.table.records))
+
+    def _made(self, index: int, record: Mapping[str, Any]) -> Row:
+        return make_row(record, self.table.where(index), self.table.folder, self.columns)
 
 
 def load_rows(
@@ -55,15 +60,16 @@ def load_rows(
     if not len(rows):
         raise UserError(f"prompt file {path!r} is empty: give at least one row with a prompt")
     found = set()
+    # where the output is no terminal, `None` shows no bar
     with tqdm(rows, f"checking {path}", leave=False, disable=None if show else True) as bar:
-        for index, row in enumerate(bar):
-            found |= rows.table.records[index].keys()
+        for row in bar:
             check_row(row, *(shape or ()))
+            found |= row.keys()
     for key, column in rows.columns.items():
-        if column not in found:
+        if key not in found:
             raise UserError(
                 f"data.columns: {key} = {column!r} is in no row of {path}: "
-                f"there are {', '.join(sorted(map(str, found)))}"
+                f"there are {', '.join(sorted(found))}"
             )
     return rows
 

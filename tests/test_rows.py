@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -13,9 +14,12 @@ from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.row import Row
 from duet.configs.rows import load_rows, rows_of
+from duet.inference import generate
+from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.prompt_check import check_prompts
-from tests.conftest import ROOT
+from duet.train.evaluation import evaluate
+from tests.conftest import MODEL, ROOT, train
 
 A = '{"prompt": "a"}\n'
 REFUSED = {
@@ -64,6 +68,7 @@ REFUSED = {
     "CSV, a head alone": ("rows.csv", "prompt,text\n", "is empty"),
     "CSV, 200 kB": ("rows.csv", f"prompt\n{'a' * 200_000}\n", ":2 is not CSV: field larger than field limit"),
     "another form": ("rows.docx", A, "allowed are .jsonl, .json, .csv, .tsv, .txt, .parquet"),
+    "prompt a line, NUL": ("rows.txt", "a\nb\0\n", ":2: prompt = 'b\\x00' holds '\\x00', NUL"),
     "no parquet": ("rows.parquet", "junk", "cannot be read: Parquet file size is 4 bytes"),
 }  # fmt: skip
 
@@ -210,7 +215,7 @@ def test_a_wrong_split_is_refused(forms, form, split, message):
 
 def test_a_column_that_no_row_has_is_refused(forms):
     with pytest.raises(
-        UserError, match="text = 'wrod' is in no row of .*: there are caption, picture"
+        UserError, match="text = 'wrod' is in no row of .*: there are image, prompt, word"
     ):
         load_rows(forms["jsonl"][0], columns=COLUMNS | {"text": "wrod"})
 
@@ -277,3 +282,36 @@ def test_a_prompt_is_asked_of_the_tokenizers(pipeline, prompt, message):
         check_prompts(pipeline, rows, Size(64, 96), show=False)
     assert message in str(caught.value) and str(caught.value).startswith("rows.jsonl:2: ")
     return None
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "train, held out", "evaluate", "generate", "--prompt"]
+)
+def test_every_command_asks_before_it_samples(tmp_path, small_run, monkeypatch, command):
+    def sample(*arguments):
+        raise AssertionError("sampled before the prompts were checked")
+
+    monkeypatch.setattr(Engine, "decode", sample)
+    monkeypatch.setattr(Engine, "sample_tokens", sample)
+    path = written(tmp_path, "rows.jsonl", A + '{"prompt": "a <|image|>"}\n')
+    rewards = "rewards=[{name: tests.sample_rewards.Sees}]"
+    output = ["--model", str(MODEL), "--output", str(tmp_path / "images")]
+    commands = {
+        "train": lambda: train(small_run("ar", rewards, f"data.train={path}")),
+        "train, held out": lambda: train(small_run("ar", rewards, f"data.eval={path}")),
+        "evaluate": lambda: evaluate(small_run("ar", rewards, f"data.eval={path}"), [], tmp_path),
+        "generate": lambda: generate.main([*output, "--prompts", str(path)]),
+        "--prompt": lambda: generate.main([*output, "--prompt", "a", "--prompt", "a <|image|>"]),
+    }
+    where = r"--prompt\[1\]" if command == "--prompt" else "rows.jsonl:2"
+    with pytest.raises(UserError, match=f"{where}: the prompt holds '<.image.>'"):
+        commands[command]()
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_parquet_column_twice_is_refused(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.table(columns, names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="rows.parquet' cannot be read: .*prompt"):
+        load_rows(tmp_path / "rows.parquet")
