@@ -198,6 +198,18 @@ def test_a_bad_row_of_a_dataset_is_told_by_its_number(forms, form):
         load_rows(path, split)
 
 
+def test_a_damaged_picture_of_a_dataset_is_told_by_its_number(tmp_path):
+    records = {"prompt": ["a", "b"], "image": [None, {"path": None, "bytes": b"\xff\xd8\xff"}]}
+    table = datasets.Dataset.from_dict(records).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    for path in ("saved", "rows.parquet"):
+        with pytest.raises(
+            UserError, match=f"{path}: row 2: image: a picture of 3 bytes cannot be"
+        ):
+            load_rows(tmp_path / path)
+
+
 @pytest.mark.parametrize(
     ("form", "split", "message"),
     [
