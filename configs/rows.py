@@ -1,58 +1,101 @@
-"""Prompt datasets: JSONL, one object with a `prompt` a line."""
+"""Datasets of prompts: a file, a folder or a hub id in, checked rows out."""
 
-import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from PIL import Image
+from tqdm import tqdm
 
 from duet.configs.errors import UserError
+from duet.configs.row import Row, check_row, make_row
+from duet.configs.row_datasets import read_dataset
+from duet.configs.row_files import TEXT_FILES, Table, read_text_file
+from duet.configs.schema import RunConfig
 
-PICTURES = ("image", "source")  # keys of a row that name picture files
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+_FILES = (*TEXT_FILES, ".parquet")
 
 
-def load_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; `prompt` is required, a relative picture path is made absolute.
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """The rows of a table, each made when it is asked for."""
 
-    Pictures: `image`, the reference of the fidelity reward, and `source`, what an edit starts from.
+    table: Table
+    columns: Mapping[str, str] = field(default_factory=dict)  # our key: the dataset's column
 
-    Raises UserError for a missing or empty file, and for a bad line by its number.
+    def __len__(self) -> int:
+        return len(self.table.records)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self._made(index, self.table.records[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._made(index, record) for index, record in enumerate(self.table.records))
+
+    def _made(self, index: int, record: Mapping[str, Any]) -> Row:
+        return make_row(record, self.table.where(index), self.table.folder, self.columns)
+
+
+def load_rows(
+    path: str | Path,
+    split: str | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    shape: tuple[int, int] | None = None,
+    show: bool = False,
+) -> Rows:
+    """Rows of a dataset, all of them checked; relative picture paths are made absolute.
+
+    `shape`: width and height in proportion to which every picture must be.
+    Raises UserError for what cannot be read or is empty, and for a bad row by its place.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
-    rows = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"prompt file {str(path)!r} is empty: give one JSON object a line")
+    path = os.path.expanduser(path)
+    rows = Rows(_table(path, split, revision), columns or {})
+    if not len(rows):
+        raise UserError(f"prompt file {path!r} is empty: give at least one row with a prompt")
+    found = set()
+    # where the output is no terminal, `None` shows no bar
+    with tqdm(rows, f"checking {path}", leave=False, disable=None if show else True) as bar:
+        for row in bar:
+            check_row(row, *(shape or ()))
+            found |= row.keys()
+    for key, column in rows.columns.items():
+        if key not in found:
+            raise UserError(
+                f"data.columns: {key} = {column!r} is in no row of {path}: "
+                f"there are {', '.join(sorted(found))}"
+            )
     return rows
 
 
-def read_picture(path: str) -> Image.Image:
-    """A row's picture in RGB. Raises UserError for one that cannot be read."""
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"picture {path!r} of a row cannot be read: {error}") from error
+def rows_of(config: RunConfig, part: Literal["train", "eval"], show: bool = True) -> Rows:
+    """The rows that a run trains on or is evaluated on."""
+    data, sampling = config.data, config.sampling
+    split = {"train": data.train_split, "eval": data.eval_split}[part]
+    revision = {"train": data.train_revision, "eval": data.eval_revision}[part]
+    shape = (sampling.width, sampling.height) if data.fit == "refuse" else None
+    return load_rows(getattr(data, part), split, revision, data.columns, shape, show)
 
 
-def _row(line: str, path: Path, number: int) -> dict[str, Any]:
-    where = f"{path}:{number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f'{where} needs a non-empty "prompt": {line.strip()[:80]}')
-    for key in PICTURES:
-        if row.get(key):
-            if not isinstance(row[key], str):
-                raise UserError(f"{where}: {key} = {row[key]!r} must be the path of a picture")
-            picture = path.parent / row[key]
-            if not picture.is_file():
-                raise UserError(f"{where}: {key} {str(picture)!r} does not exist")
-            row[key] = str(picture)
-    return row
+def _table(path: str, split: str | None, revision: str | None) -> Table:
+    file = Path(path)
+    suffix = file.suffix
+    if suffix in TEXT_FILES and not file.is_dir():
+        if split or revision:
+            raise UserError(f"{path} is one file: it has no split {split!r} or revision")
+        return read_text_file(file)
+    if file.is_file() and suffix not in _FILES:
+        raise UserError(f"prompt file {path!r}: allowed are {', '.join(_FILES)}")
+    if not file.exists() and (suffix in _FILES or not _HUB_ID.fullmatch(path)):
+        raise UserError(
+            f"prompt file {path!r} cannot be read: no such file or folder, and no hub id"
+        )
+    if file.exists() and revision:
+        raise UserError(f"{path} is no dataset of the hub: it has no revision {revision!r}")
+    return read_dataset(path, split, revision)

@@ -46,8 +46,22 @@ AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 class DataConfig(Section):
     title = "data"
 
-    train: str = setting("JSONL rows: prompt, and what the rewards read (text, image, ...)")
-    eval: str = setting("rows of the held-out prompts")
+    train: str = setting(
+        "a file, a folder or a hub id: prompt, and what rewards read (text, image, ...)"
+    )
+    eval: str = setting("the same, of the held-out prompts")
+    train_split: str | None = setting("may be left out where there is one", None)
+    eval_split: str | None = setting("may be left out where there is one", None)
+    train_revision: str | None = setting("a branch, tag or commit of the hub", None)
+    eval_revision: str | None = setting("a branch, tag or commit of the hub", None)
+    columns: dict[str, str] = setting("our key: the dataset's column", {})
+    fit: Literal["crop", "refuse"] = setting("a picture of another shape than the run's", "crop")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pairs = self.columns.items()
+        strings = all(isinstance(part, str) and part for pair in pairs for part in pair)
+        require(strings, "data.columns", self.columns, "names to names: {prompt: caption}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from duet.configs.errors import UserError, exit_on_user_error, require_folder
+from duet.configs.row import Row, check_row
 from duet.configs.rows import load_rows
 from duet.configs.schema import Arithmetic, SamplingConfig
 
@@ -19,7 +20,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")
     add("--prompt", action="append", default=[], help="may be repeated")
-    add("--prompts", help="JSONL file with a `prompt` a line")
+    add("--prompts", help="a dataset with a `prompt`: JSONL, CSV, text, parquet, ...")
     add("--adapter", action="append", default=[], help="a checkpoint-N; one for each module")
     add("--output", default="runs/images", help="folder for the PNG files")
     add("--num-images", type=int, default=1, help="pictures of each prompt")
@@ -43,16 +44,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    prompts = list(options.prompt)
+    rows = [Row({"prompt": prompt}, f"--prompt[{i}]") for i, prompt in enumerate(options.prompt)]
+    for row in rows:
+        check_row(row)
     if options.prompts:
-        prompts += [row["prompt"] for row in load_rows(options.prompts)]
-    if not prompts:
+        rows += load_rows(options.prompts, show=True)
+    if not rows:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE.jsonl")
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
         value = getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} = {value}: allowed is >= {least}")
-    for path in generate(options, prompts):
+    for path in generate(options, rows):
         print(path)
 
 
@@ -67,7 +70,7 @@ _SETTINGS = (
 )
 
 
-def generate(options: argparse.Namespace, prompts: Sequence[str]) -> list[Path]:
+def generate(options: argparse.Namespace, rows: Sequence[Row]) -> list[Path]:
     """Write one PNG a picture; returns their paths. Existing files are never replaced."""
     folder = Path(options.output)
     require_folder("--output", folder)
@@ -76,6 +79,7 @@ def generate(options: argparse.Namespace, prompts: Sequence[str]) -> list[Path]:
     from duet.inference.engine import Engine, autocast_dtype
     from duet.inference.layout import Size
     from duet.inference.model import generation_defaults, load_pipeline
+    from duet.inference.prompt_check import check_prompts
     from duet.inference.request import Request
 
     arithmetic = choose_arithmetic(options.dtype, options.adapter)
@@ -94,7 +98,8 @@ def generate(options: argparse.Namespace, prompts: Sequence[str]) -> list[Path]:
     )
     seeds = tuple(range(options.seed, options.seed + options.num_images))
     size = Size(sampling.height, sampling.width)
-    requests = [Request(p, seeds, size) for p in prompts]
+    check_prompts(pipeline, rows, size)
+    requests = [Request(row.prompt, seeds, size) for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, rollout in enumerate(engine.rollout(requests)):

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from duet.configs.quotes import quoted_spans
 
+MAX_GLYPH_TOKENS = 2048  # of one span: the reference cuts off the rest
+
 
 @torch.no_grad()
 def glyph_embedding(pipeline: GlmImagePipeline, prompt: str) -> Tensor:
@@ -18,7 +20,8 @@ def glyph_embedding(pipeline: GlmImagePipeline, prompt: str) -> Tensor:
     pad = pipeline.tokenizer.pad_token_id
     # the reference's rule: an even number of spans gets a leading pad
     lead = [pad] * ((len(spans) + 1) % 2)
-    ids = [lead + i for i in pipeline.tokenizer(spans, truncation=True, max_length=2048).input_ids]
+    read = pipeline.tokenizer(spans, truncation=True, max_length=MAX_GLYPH_TOKENS)
+    ids = [lead + i for i in read.input_ids]
     longest = max(map(len, ids))
     mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids])
     padded = torch.tensor([i + [pad] * (longest - len(i)) for i in ids])

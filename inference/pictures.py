@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from duet.configs.errors import UserError
+from duet.configs.pictures import fit
 from duet.inference.layout import Size
 
 _PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
@@ -31,13 +32,15 @@ def to_images(pixels: np.ndarray) -> list[Image.Image]:
 
 @torch.no_grad()
 def encode_prior(pipeline: GlmImagePipeline, image: Image.Image, size: Size) -> Tensor:
-    """The large-grid tokens [h * w] that the AR's own vision tower gives a picture.
+    """The large-grid tokens [h * w] that the AR's own vision tower gives a picture in RGB.
+
+    Of another shape its centre is taken.
 
     Raises UserError for a size that the image processor's limits exclude.
     """
     ar = pipeline.vision_language_encoder
     inputs = pipeline.processor.image_processor(
-        images=[image.convert("RGB").resize((size.width, size.height))], return_tensors="pt"
+        images=[fit(image, size.width, size.height)], return_tensors="pt"
     ).to(ar.device)
     grid = inputs["image_grid_thw"]
     if grid[0].tolist() != [1, size.grid.height, size.grid.width]:

@@ -1,16 +1,15 @@
 """duet rewards list | score | serve: what rewards there are, try them, offer them by HTTP."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from duet.configs.errors import UserError
 from duet.configs.load import build, parse, read_tree
-from duet.configs.rows import PICTURES
+from duet.configs.pictures import read_picture
+from duet.configs.row import Row, check_row, make_row
+from duet.configs.row_files import parse_object
 from duet.configs.schema import RewardConfig, RunConfig
 from duet.configs.setting import shown
 from duet.rewards.base import RewardInput, score
@@ -62,8 +61,8 @@ def _score(options: argparse.Namespace) -> None:
     if not configs:
         raise UserError("no rewards: give --reward or --config (duet rewards list tells names)")
     _check_names(configs)
-    row = {"prompt": options.prompt} | _row(options.row)
-    inputs = [RewardInput(_picture(path), options.prompt, row) for path in options.images]
+    row = _row(options.row, options.prompt)
+    inputs = [RewardInput(read_picture(path), options.prompt, row) for path in options.images]
     columns = {
         name: score(reward, name, inputs, [len(inputs)])
         for name, reward in load_rewards(configs).items()
@@ -79,28 +78,12 @@ def _reward(text: str, where: str) -> RewardConfig:
     return RewardConfig(tree) if isinstance(tree, str) else build(RewardConfig, tree, where)
 
 
-def _row(text: str) -> dict:
+def _row(text: str, prompt: str) -> Row:
     """A row of a dataset; paths are relative to the working directory."""
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--row = {text!r} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f'--row = {text!r} must be an object like {{"text": "CAT"}}')
-    for key in PICTURES:
-        if row.get(key):
-            path = Path(str(row[key])).resolve()
-            _picture(path)
-            row[key] = str(path)
+    record = {"prompt": prompt} | parse_object(text, f"--row = {text!r}")
+    row = make_row(record, "--row", Path.cwd(), {})
+    check_row(row)
     return row
-
-
-def _picture(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {str(path)!r} cannot be read: {error}") from error
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:

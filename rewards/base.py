@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.rows import read_picture
+from duet.configs.pictures import fit, read_picture
 from duet.rewards.answers import Answer, BadAnswer, read_answers, require_apart
 
 
@@ -35,12 +35,12 @@ class RewardInput:
     def picture(self, key: str) -> Image.Image | None:
         """The row's picture of that key (`image`, `source`), brought to this image's size and view.
 
-        None where the row has none.
+        Of another shape its centre is taken. None where the row has none.
         """
-        path = self.row.get(key)
-        if not path:
+        stored = self.row.get(key)
+        if stored is None:
             return None
-        return self.look(read_picture(path).resize(self.size or self.image.size))
+        return self.look(fit(read_picture(stored), *(self.size or self.image.size)))
 
 
 class Reward(Protocol):

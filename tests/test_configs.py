@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.quotes import quoted_spans
-from duet.configs.rows import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny" / "ar.yaml"
@@ -24,22 +22,6 @@ def test_every_shipped_config_loads(path):
 def test_overrides_reach_nested_keys_and_read_exponents_as_numbers():
     config = load_config(TINY, ["optim.learning_rate=1e-4", "train.resume=latest", "seed=7"])
     assert (config.optim.learning_rate, config.train.resume, config.seed) == (1e-4, "latest", 7)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ('{"prompt": "a"}\n\n{"prompt": \n', r"rows.jsonl:3 is not JSON"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', r'rows.jsonl:2 needs a non-empty "prompt"'),
-        ('{"prompt": "a", "image": "gone.png"}\n', "rows.jsonl:1: image .* does not exist"),
-    ],
-)
-def test_a_bad_prompt_file_is_told_by_its_line(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_rows(path)
 
 
 def test_quoted_spans_follow_the_pipelines_own_rule():

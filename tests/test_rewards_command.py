@@ -96,7 +96,7 @@ MISTAKES = {
     "no picture": (["score", "pyproject.toml", "--prompt", "a", "--reward", SEES], "cannot be read"),
     "row is no JSON": (["score", *ASKED, "--reward", SEES, "--row", "{"], "is not JSON"),
     "row is a list": (["score", *ASKED, "--reward", SEES, "--row", "[]"], "must be an object"),
-    "row's picture": (["score", *ASKED, "--reward", SEES, "--row", '{"image": "gone.png"}'], "gone.png' cannot be read"),
+    "row's picture": (["score", *ASKED, "--reward", SEES, "--row", '{"image": "gone.png"}'], "gone.png' does not exist"),
     "reward raises": (["score", *ASKED, "--reward", "tests.bad_rewards.Raises"], "raised KeyError"),
     "missing config": (["serve", "gone.yaml", "--port", "0"], "'gone.yaml' cannot be read"),
     "empty config": (["serve", "{tmp}/empty.yaml", "--port", "0"], "has no rewards"),

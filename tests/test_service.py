@@ -128,7 +128,7 @@ def test_prompt_row_and_its_pictures_travel_as_the_view_shows_them(url, inputs, 
 
 
 def test_none_travels_and_a_source_picture_too(url, inputs, caplog):
-    edits = [replace(i, row=i.row | {"source": i.row["image"]}) for i in inputs[:2]]
+    edits = [replace(i, row={**i.row, "source": i.row["image"]}) for i in inputs[:2]]
     scores = remote(url, "HasSource")([*edits, inputs[2]])
     assert scores == [1, 1, None]
     assert not caplog.records

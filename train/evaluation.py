@@ -10,12 +10,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
-from duet.configs.rows import load_rows
+from duet.configs.row import Row
+from duet.configs.rows import rows_of
 from duet.configs.schema import EvalConfig, RunConfig
 from duet.inference.adapters import adapter_info, load_adapter
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
+from duet.inference.prompt_check import check_prompts
 from duet.inference.request import Request
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
@@ -61,7 +63,7 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     so in that which training sampled with.
     Raises UserError for checkpoints that do not go together.
     """
-    rows = load_rows(config.data.eval)
+    rows = rows_of(config, "eval")
     model_names = labels(models)
     for checkpoints in models:  # what is wrong is told before hours of sampling
         _check_checkpoints(config, checkpoints)
@@ -74,7 +76,7 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
         metrics = {k: summarise(v, base and base[k], config.eval) for k, v in scores.items()}
         paths = _write_pictures(images, output, name)
         results.append(ModelResult(name, list(checkpoints), paths, scores, metrics))
-    return Results(config.stage, config.eval.confidence, [r["prompt"] for r in rows], results)
+    return Results(config.stage, config.eval.confidence, [r.prompt for r in rows], results)
 
 
 def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
@@ -123,7 +125,7 @@ def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _generate(
-    config: RunConfig, checkpoints: Sequence[str], rows: Sequence[dict]
+    config: RunConfig, checkpoints: Sequence[str], rows: Sequence[Row]
 ) -> list[list[Image.Image]]:
     model = config.model
     pipeline = load_pipeline(model.path, model.dtype, model.device, model.offload)
@@ -131,9 +133,10 @@ def _generate(
         load_adapter(pipeline, checkpoint)
     engine = Engine.of(pipeline, config)
     size = Size(config.sampling.height, config.sampling.width)
+    check_prompts(pipeline, rows, size)
     count = config.eval.images_per_prompt
     requests = [
-        Request(row["prompt"], tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
+        Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
         for i, row in enumerate(rows)
     ]
     images = [rollout.images for rollout in engine.rollout(requests)]
@@ -143,11 +146,11 @@ def _generate(
 
 
 def _score(
-    rewards: Mapping[str, Reward], rows: Sequence[dict], images: Sequence[list[Image.Image]]
+    rewards: Mapping[str, Reward], rows: Sequence[Row], images: Sequence[list[Image.Image]]
 ) -> dict[str, list[list[float | None]]]:
     """Per reward [prompts, images]; NaN where it failed, None where it does not apply."""
     inputs = [
-        RewardInput(image, row["prompt"], row)
+        RewardInput(image, row.prompt, row)
         for row, prompt_images in zip(rows, images, strict=True)
         for image in prompt_images
     ]

@@ -1,11 +1,11 @@
 """The groups of prompts that a rollout draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from duet.configs.row import Row
 from duet.rewards.wanted_text import unseen_texts
 
 
@@ -14,7 +14,7 @@ class Group:
     """The samples of one prompt in one rollout."""
 
     id: int  # unique in the run
-    row: dict[str, Any]
+    row: Row
     seeds: tuple[int, ...]  # one a sample, for the policy's draws
     fixed_seed: int  # for what is held fixed within the group
 
@@ -26,7 +26,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def draw_groups(
-    rows: Sequence[dict[str, Any]], seed: int, step: int, count: int, num_generations: int
+    rows: Sequence[Row], seed: int, step: int, count: int, num_generations: int
 ) -> list[Group]:
     """The step's groups: a function of (seed, step) alone, so any process can resume anywhere.
 
@@ -47,9 +47,9 @@ def shard(groups: Sequence[Group], rank: int, world_size: int) -> list[Group]:
     return list(groups[rank::world_size])
 
 
-def untold_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def untold_text(rows: Sequence[Row]) -> str | None:
     """One line about prompts that ask for text which GLM-Image is not told to draw."""
-    untold = [(row["prompt"], text) for row in rows for text in unseen_texts(row["prompt"])[:1]]
+    untold = [(row.prompt, text) for row in rows for text in unseen_texts(row.prompt)[:1]]
     if not untold:
         return None
     prompt, text = untold[0]

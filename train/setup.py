@@ -1,5 +1,6 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
-from duet.configs.rows import load_rows
+from duet.configs.row import Row
+from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.inference.adapters import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
+from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.checkpoint import Start, find_start
@@ -38,7 +41,7 @@ class Run:
     policy: Policy
     scorer: Scorer
     weights: torch.Tensor  # [R], of the trained rewards
-    rows: list[dict]
+    rows: Sequence[Row]
     start: Start
 
     @property
@@ -53,9 +56,10 @@ def prepare(config: RunConfig) -> Run:
     Raises UserError for anything the user can mend.
     """
     config.require_trainable()
-    rows = load_rows(config.data.train)
-    load_rows(config.data.eval)
     accelerator = _accelerator(config)
+    rows, held_out = (
+        rows_of(config, part, accelerator.is_local_main_process) for part in ("train", "eval")
+    )
     untold = untold_text(rows)
     if untold and accelerator.is_main_process and any(r.name == "ocr" for r in config.rewards):
         tqdm.write(f"duet: {untold}")
@@ -67,8 +71,10 @@ def prepare(config: RunConfig) -> Run:
     pipeline = load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload)
     engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
     stage = STAGES[config.stage](engine, config)
+    for each in (rows, held_out):
+        check_prompts(pipeline, each, stage.size, accelerator.is_local_main_process)
     gate.check_schedule(engine, stage.size)
-    gate.check_reference(engine, rows[0]["prompt"], stage.size, config.arithmetic.precision)
+    gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
     tuning = Lora(config.lora, AdapterInfo(config.stage, model.path, config.arithmetic))
     module = stage.part.module(pipeline)
     engine.placement.bring(stage.part.component)

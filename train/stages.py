@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from duet.configs.rows import read_picture
 from duet.configs.schema import RunConfig
 from duet.inference.batching import pack
 from duet.inference.engine import Engine
@@ -135,15 +134,15 @@ class DecoderStage:
                 [
                     replace(request, seeds=(group.fixed_seed,))
                     for request, group in zip(asked, groups, strict=True)
-                    if not group.row.get("image")
+                    if "image" not in group.row
                 ]
             )
         )
-        priors = [self._encoded(g) if g.row.get("image") else next(drawn)[0] for g in groups]
+        priors = [self._encoded(g) if "image" in g.row else next(drawn)[0] for g in groups]
         return [replace(r, prior=prior) for r, prior in zip(asked, priors, strict=True)]
 
     def _encoded(self, group: Group) -> Tensor:
-        return self.engine.encode_prior(read_picture(group.row["image"]), self.size)
+        return self.engine.encode_prior(group.row.picture("image"), self.size)
 
     def window(self, step: int) -> range:
         """One window for all groups of a step, so within each group too."""

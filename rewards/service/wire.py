@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from duet.configs.errors import UserError
-from duet.configs.rows import PICTURES
+from duet.configs.pictures import as_shown
+from duet.configs.row import PICTURES
 from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
 from duet.rewards.service.http import excerpt
@@ -91,7 +92,7 @@ def decode_request(body: bytes, folder: Path) -> list[RewardInput]:
 def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> RewardInput:
     kinds = {"prompt": str, "row": dict, "image": str, "pictures": dict}
     fields = _fields(sample, where, kinds)
-    image, _ = reader.read(fields["image"], f"{where}.image")
+    image = as_shown(reader.read(fields["image"], f"{where}.image")[0])
     row = dict(fields["row"])
     for key in PICTURES:
         if row.get(key):  # a path would open a file of the server

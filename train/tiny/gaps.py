@@ -17,6 +17,7 @@ import torch
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.row import Row
 from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
 from duet.inference import decoder, prompt
@@ -67,7 +68,7 @@ def make_bench(stage: str, precision: str, *overrides: str, updates: int = 80) -
     walk(module, config.optim.learning_rate * updates**0.5)
     made = STAGES[stage](engine, config)
     # prompts alone: the AR draws the priors, as with the real model's prompts
-    rows = [{"prompt": row["prompt"]} for row in load_rows(TINY / "prompts" / "eval.jsonl")]
+    rows = [Row({"prompt": row.prompt}) for row in load_rows(TINY / "prompts" / "eval.jsonl")]
     groups = draw_groups(
         rows, 0, 0, config.rollout.prompts_per_step, config.rollout.num_generations
     )
