@@ -217,7 +217,12 @@ def test_what_a_step_writes(small_run, tmp_path):
     assert (run / "images" / "step-1.png").is_file()
     assert list(run.rglob("events.out.tfevents*"))
     checkpoint = complete_checkpoints(run)[-1]
-    assert {p.name for p in checkpoint.iterdir()} == {"adapter", "state", "trainer_state.json"}
+    assert {p.name for p in checkpoint.iterdir()} == {
+        "adapter",
+        "state",
+        "trainer_state.json",
+        "SHA256SUMS",
+    }
     state = {p.name for p in (checkpoint / "state").iterdir()}
     assert state == {"optimizer.bin", "scheduler.bin", "random_states_0.pkl"}, "no frozen base"
 
@@ -255,8 +260,8 @@ def test_stock_libraries_load_the_adapter(small_run, stage, tmp_path):
     ("override", "message"),
     [
         ("optim.per_device_train_batch_size=3", "do not divide into updates"),
-        ("lora.target_modules=[nothing]", "fits no layer"),
-        ("train.resume=gone/checkpoint-3", "is no complete checkpoint"),
+        ("lora.target_modules=[nothing]", "fits no layer; near it are"),
+        ("train.resume=gone/checkpoint-3", "is damaged"),
         ("model.path=configs/tiny/gone", "no such folder"),
         ("model.path=configs/tiny", "has no model_index.json"),
         ("data.train=gone.jsonl", "cannot be read"),

@@ -14,7 +14,7 @@ from duet.train.watch import Watch
 
 def save(run: Run, done: int) -> Path:
     """The checkpoint after `done` rollouts, written unless it is there already."""
-    return save_checkpoint(run.policy, run.config, done)
+    return save_checkpoint(run.policy, run.config, run.start.run_id, run.start.inputs, done)
 
 
 def require_scores(run: Run, collected: Collected, step: int) -> None:

@@ -10,17 +10,18 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from duet.configs.errors import UserError
 from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
-from duet.inference.adapters import AdapterInfo
+from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
 from duet.rewards.registry import load_rewards
 from duet.train import gate
-from duet.train.checkpoint import Start, find_start
 from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
+from duet.train.resume import Start, find_start, read_inputs
 from duet.train.scoring import Scorer
 from duet.train.stages import STAGES, Stage
+from duet.train.together import from_main
 from duet.train.tuning import Lora
 
 
@@ -53,7 +54,8 @@ def prepare(config: RunConfig) -> Run:
     load_rows(config.data.eval)
     accelerator = _accelerator(config)
     divided = geometry(config, accelerator.num_processes)
-    start = find_start(config, accelerator.num_processes)
+    processes = accelerator.num_processes
+    start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
@@ -61,9 +63,10 @@ def prepare(config: RunConfig) -> Run:
     stage = STAGES[config.stage](engine, config)
     gate.check_schedule(engine, stage.size)
     gate.check_reference(engine, rows[0]["prompt"], stage.size, config.arithmetic.precision)
-    tuning = Lora(config.lora, AdapterInfo(config.stage, config.model.path, config.arithmetic))
+    base = start.inputs.model[stage.part.component]
+    info = AdapterInfo(config.stage, config.model.path, base, config.arithmetic, config.lora)
     module = stage.part.module(pipeline)
-    policy = Policy(accelerator, module, tuning, config.optim, divided.updates)
+    policy = Policy(accelerator, module, Lora(info), config.optim, divided.updates)
     if start.checkpoint:
         policy.load(start.checkpoint)
     if accelerator.is_main_process:
