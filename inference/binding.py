@@ -29,7 +29,7 @@ def bind(module: Module, part: Part, names: Sequence[str]) -> list[str]:
     }
     bound = []
     for name in names:
-        layers = [layer for layer in modules if is_target(layer, name)]
+        layers = [layer for layer in modules if layer and is_target(layer, name)]
         strange = [layer for layer in layers if layer not in passed]
         if not layers or strange:
             why = f"fits {strange[0]}, which is not trained" if strange else "fits no layer"

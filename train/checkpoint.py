@@ -113,20 +113,19 @@ def read_position(checkpoint: Path) -> Position:
     """
     try:
         told = json.loads((checkpoint / _POSITION).read_text())
-        older = isinstance(told, dict) and "step" in told and "run_id" not in told
-        if older and not (checkpoint / SUMS).exists():
-            raise UserError(
-                f"checkpoint {str(checkpoint)!r} was written by an older Duet, without digests: "
-                "go on with that version, or begin a new run in another output_dir"
-            )
-        check_digests(checkpoint)
-        position = build(Position, told, _POSITION)
-    except Damaged as error:
-        raise _damaged(checkpoint, error) from error
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         raise _damaged(checkpoint, f"{_POSITION}: {error}") from error
+    older = isinstance(told, dict) and "step" in told and "run_id" not in told
+    if older and not (checkpoint / SUMS).exists():
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} was written by an older Duet, without digests: "
+            "go on with that version, or begin a new run in another output_dir"
+        )
+    try:
+        check_digests(checkpoint)
+        position = build(Position, told, _POSITION)
+    except UserError as error:
+        raise _damaged(checkpoint, error) from error
     if checkpoint.resolve().name != f"checkpoint-{position.step}":
         raise _damaged(checkpoint, f"{_POSITION} is at step {position.step}, the folder's name not")
     return position
