@@ -75,6 +75,7 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> list[Path]:
     folder = Path(options.output)
     require_folder("--output", folder)
     # torch loads slowly: after the options are known good
+    from duet.inference.adapter_files import check_adapter
     from duet.inference.adapters import load_adapter
     from duet.inference.engine import Engine, autocast_dtype
     from duet.inference.layout import Size
@@ -82,6 +83,8 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> list[Path]:
     from duet.inference.prompt_check import check_prompts
     from duet.inference.request import Request
 
+    for adapter in options.adapter:  # before the model's weights are read
+        check_adapter(adapter, options.model)
     arithmetic = choose_arithmetic(options.dtype, options.adapter)
     pipeline = load_pipeline(options.model, arithmetic.dtype)
     given = {n: getattr(options, n) for n in _SETTINGS if getattr(options, n) is not None}
@@ -114,7 +117,7 @@ def choose_arithmetic(dtype: str | None, adapters: Sequence[str]) -> Arithmetic:
 
     Raises UserError where they differ, and for a folder that holds no adapter.
     """
-    from duet.inference.adapters import adapter_info
+    from duet.inference.adapter_files import adapter_info
 
     trained = {adapter: adapter_info(adapter).arithmetic for adapter in adapters}
     if dtype is not None:

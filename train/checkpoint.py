@@ -1,150 +1,149 @@
 """Checkpoints: `checkpoint-N/` with adapter, optimizer, scheduler, RNG and position.
 
-Written under another name and renamed when complete, so a folder of that name is
-always whole.
+Written under another name, digested, synced to the disk and then renamed: a folder of that name
+is whole, and what is damaged later is found out (`sha256sum -c SHA256SUMS` does so too).
 """
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from duet.configs.errors import UserError, require_folder
+from duet.configs.digests import SUMS, Damaged, check_digests, write_digests
+from duet.configs.errors import UserError
+from duet.configs.load import build
 from duet.configs.schema import RunConfig
-from duet.train.metrics import read_metrics
 from duet.train.policy import Policy
+from duet.train.together import from_main
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _POSITION = "trainer_state.json"
 
 
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, by its content: paths may change."""
+
+    model: dict[str, str]  # fingerprints of the weights, by component
+    data: str  # digest of the training rows
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a checkpoint tells of itself."""
+
+    step: int  # rollouts that are done
+    stage: str
+    num_processes: int
+    run_id: str  # of the run that wrote it
+    inputs: Inputs
+    config: dict[str, Any]
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Everything that bears a checkpoint's name, whole or not, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
-    return sorted((p for p in found if (p / _POSITION).is_file()), key=_step)
+    return sorted(found, key=_step)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Those that were written to the end, oldest first; damage since is not looked for."""
+    return [p for p in checkpoints(output_dir) if (p / _POSITION).is_file()]
 
 
 def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
+def save_checkpoint(
+    policy: Policy, config: RunConfig, run_id: str, inputs: Inputs, step: int
+) -> Path:
+    """Write `checkpoint-{step}` after `step` rollouts, unless this run did so already.
 
-    checkpoint: Path | None = None  # None: with fresh weights
-    step: int = 0  # rollouts that are done
-
-
-def find_start(config: RunConfig, processes: int) -> Start:
-    """The checkpoint to go on from, or a fresh start.
-
-    Raises UserError when the run would mix with an older one's checkpoints, and when
-    the named checkpoint is none.
-    """
-    output_dir = Path(config.output_dir)
-    require_folder("output_dir", output_dir)
-    done = complete_checkpoints(output_dir)
-    if config.train.resume is None:
-        if done:
-            raise UserError(
-                f"output_dir = {config.output_dir!r} holds {done[-1].name} already: "
-                "set train.resume=latest to go on, or another output_dir"
-            )
-        if read_metrics(output_dir):
-            raise UserError(
-                f"output_dir = {config.output_dir!r} holds the metrics of a run without a "
-                "checkpoint: set train.resume=latest to begin it again, or another output_dir"
-            )
-        return Start()
-    if config.train.resume == "latest":
-        return Start(done[-1], _position(done[-1], config, processes)) if done else Start()
-    path = Path(config.train.resume)
-    if not (path / _POSITION).is_file():
-        raise UserError(
-            f"train.resume = {config.train.resume!r} is no complete checkpoint: "
-            "give 'latest' or a checkpoint-N folder"
-        )
-    step = _position(path, config, processes)
-    if done and done[-1].resolve() != path.resolve():
-        raise UserError(
-            f"train.resume = {config.train.resume!r} is at step {step}, but output_dir = "
-            f"{config.output_dir!r} holds {done[-1].name} besides: give another output_dir"
-        )
-    return Start(path, step)
-
-
-def save_checkpoint(policy: Policy, config: RunConfig, step: int) -> Path:
-    """Write `checkpoint-{step}` after `step` rollouts, unless it is there whole already.
-
-    Every process must call it.
+    Every process must call it. Raises UserError where another run's stands.
     """
     final = Path(config.output_dir) / f"checkpoint-{step}"
-    if (final / _POSITION).is_file():
-        return final
     accelerator = policy.accelerator
+    if from_main(accelerator, lambda: _stands(final, run_id)):
+        return final
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     policy.save(partial)
+    accelerator.wait_for_everyone()  # each process has written its RNG
     if accelerator.is_main_process:
-        position = {
-            "step": step,
-            "stage": config.stage,
-            "num_processes": accelerator.num_processes,
-            "config": asdict(config),
-        }
-        (partial / _POSITION).write_text(json.dumps(position, indent=2))
+        told = Position(
+            step, config.stage, accelerator.num_processes, run_id, inputs, asdict(config)
+        )
+        (partial / _POSITION).write_text(json.dumps(asdict(told), indent=2))
+        write_digests(partial)
+        sync_tree(partial)
         partial.rename(final)
+        _sync(final.parent)
     accelerator.wait_for_everyone()
     return final
 
 
-# what the optimizer, the schedule and the order of the prompts were made for
-_KEPT = (
-    "seed",
-    "lora",
-    "optim",
-    "rollout.prompts_per_step",
-    "rollout.num_generations",
-    "grpo.num_iterations",
-    "model.dtype",
-    "train.mixed_precision",
-)
-
-
-def _position(checkpoint: Path, config: RunConfig, processes: int) -> int:
-    """The number of rollouts done. Raises UserError for a damaged or foreign checkpoint."""
+def _stands(final: Path, run_id: str) -> bool:
+    """This run's checkpoint is there, whole. A damaged one is moved out of the way, and kept."""
+    if not os.path.lexists(final):
+        return False
     try:
-        position = json.loads((checkpoint / _POSITION).read_text())
-        step, stage = int(position["step"]), position["stage"]
-        trained, saved = position["num_processes"], _flat(position["config"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {str(checkpoint)!r} is damaged: {error!r}") from error
-    if stage != config.stage:
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} is of stage {stage!r}, the config of {config.stage!r}"
-        )
-    if trained != processes:  # the schedule counts updates, and each process has its RNG
-        raise UserError(
-            f"{processes} processes, but checkpoint {str(checkpoint)!r} was trained with "
-            f"{trained}: launch that many"
-        )
-    for name, value in _flat(json.loads(json.dumps(asdict(config)))).items():
-        kept = any(name == k or name.startswith(f"{k}.") for k in _KEPT)
-        if kept and saved.get(name, value) != value:
-            raise UserError(
-                f"{name} = {value!r}, but checkpoint {str(checkpoint)!r} was trained with "
-                f"{saved[name]!r}: give that to go on, or begin a new run in another output_dir"
-            )
-    return step
+        found = read_position(final)
+    except Damaged:
+        number = 1
+        while os.path.lexists(aside := final.with_name(f"{final.name}.damaged-{number}")):
+            number += 1
+        final.rename(aside)
+        return False
+    if found.run_id != run_id:
+        raise UserError(f"{str(final)!r} is another run's: give another output_dir")
+    return True
 
 
-def _flat(tree: dict) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
-    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
-    return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
+def read_position(checkpoint: Path) -> Position:
+    """Of a whole checkpoint.
+
+    Raises Damaged, with the file's name, and UserError for one of an older Duet.
+    """
+    try:
+        told = json.loads((checkpoint / _POSITION).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint, f"{_POSITION}: {error}") from error
+    older = isinstance(told, dict) and "step" in told and "run_id" not in told
+    if older and not (checkpoint / SUMS).exists():
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} was written by an older Duet, without digests: "
+            "go on with that version, or begin a new run in another output_dir"
+        )
+    try:
+        check_digests(checkpoint)
+        position = build(Position, told, _POSITION)
+    except UserError as error:
+        raise _damaged(checkpoint, error) from error
+    if checkpoint.resolve().name != f"checkpoint-{position.step}":
+        raise _damaged(checkpoint, f"{_POSITION} is at step {position.step}, the folder's name not")
+    return position
+
+
+def _damaged(checkpoint: Path, reason: object) -> Damaged:
+    return Damaged(f"checkpoint {str(checkpoint)!r} is damaged ({reason}): resume from another")
+
+
+def sync_tree(folder: Path) -> None:
+    """To the disk: a power cut after this leaves the folder's files as they are."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

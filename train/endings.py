@@ -17,9 +17,10 @@ from duet.train.watch import Watch
 
 def save(run: Run, done: int) -> Path:
     """The checkpoint after `done` rollouts, written unless it is there already."""
-    saved = save_checkpoint(run.policy, run.config, done)
+    start = run.start
+    saved = save_checkpoint(run.policy, run.config, start.run_id, start.inputs, done)
     if run.accelerator.is_main_process:
-        remove_old(saved.parent, run.config.train.save_total_limit, run.start.checkpoint)
+        remove_old(saved.parent, run.config.train.save_total_limit, start.checkpoint)
     return saved
 
 

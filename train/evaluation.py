@@ -13,7 +13,8 @@ from duet.configs.errors import UserError
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import EvalConfig, RunConfig
-from duet.inference.adapters import adapter_info, load_adapter
+from duet.inference.adapter_files import check_adapter
+from duet.inference.adapters import load_adapter
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
@@ -80,7 +81,7 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
 
 
 def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
-    infos = [adapter_info(c) for c in checkpoints]
+    infos = [check_adapter(c, config.model.path) for c in checkpoints]
     stages = [info.stage for info in infos]
     if len(set(stages)) < len(stages):
         raise UserError(

@@ -15,8 +15,8 @@ from PIL import Image
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.inference.rollout import Rollout
-from duet.train.checkpoint import Start
 from duet.train.metrics import METRICS_FILE, read_metrics
+from duet.train.resume import Start
 
 _WANDB_HOST = "api.wandb.ai"
 

@@ -9,12 +9,14 @@ from duet.train.advantages import group_advantages
 from duet.train.collect import collect
 from duet.train.endings import heed_alarm, require_scores, save
 from duet.train.learn import learn
+from duet.train.lock import alone
 from duet.train.log import MetricsLog
 from duet.train.setup import prepare
 from duet.train.step_metrics import step_metrics
 from duet.train.watch import Watch
 
 
+@alone
 def train(config: RunConfig) -> Path:
     """Run the config to its last step; returns the newest checkpoint.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import AdamW
@@ -34,7 +35,7 @@ class Policy:
         rate's schedule.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
-        tuning.attach(module)
+        self.bound = tuning.attach(module)
         self.trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = AdamW(
             self.trained,
@@ -102,7 +103,10 @@ class Policy:
         """
         self.tuning.read(self.inner, folder)
         try:
-            self.accelerator.load_state(str(folder / _STATE))
+            state = folder / _STATE
+            # load_state passes over random states that it cannot read
+            load(state / f"random_states_{self.accelerator.process_index}.pkl")
+            self.accelerator.load_state(str(state))
         except Exception as error:  # torch, pickle and zip readers each raise their own kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(

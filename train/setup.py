@@ -13,20 +13,21 @@ from duet.configs.errors import UserError
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
-from duet.inference.adapters import AdapterInfo
+from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
 from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
-from duet.train.checkpoint import Start, find_start
 from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
 from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
+from duet.train.resume import Start, find_start, read_inputs
 from duet.train.scoring import Scorer
 from duet.train.stages import STAGES, Stage
+from duet.train.together import from_main
 from duet.train.tuning import Lora
 
 
@@ -64,7 +65,8 @@ def prepare(config: RunConfig) -> Run:
     if untold and accelerator.is_main_process and any(r.name == "ocr" for r in config.rewards):
         tqdm.write(f"duet: {untold}")
     divided = geometry(config, accelerator.num_processes)
-    start = find_start(config, accelerator.num_processes)
+    processes = accelerator.num_processes
+    start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     model = config.model
@@ -75,12 +77,13 @@ def prepare(config: RunConfig) -> Run:
         check_prompts(pipeline, each, stage.size, accelerator.is_local_main_process)
     gate.check_schedule(engine, stage.size)
     gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
-    tuning = Lora(config.lora, AdapterInfo(config.stage, model.path, config.arithmetic))
+    base = start.inputs.model[stage.part.component]
+    info = AdapterInfo(config.stage, model.path, base, config.arithmetic, config.lora)
     module = stage.part.module(pipeline)
     engine.placement.bring(stage.part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, stage.part.block)
-    policy = Policy(accelerator, module, tuning, config.optim, divided.updates)
+    policy = Policy(accelerator, module, Lora(info), config.optim, divided.updates)
     if start.checkpoint:
         policy.load(start.checkpoint)
     if accelerator.is_main_process:

@@ -1,18 +1,21 @@
 """Processes that end together and see each other's values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from duet.configs.errors import UserError
 
+T = TypeVar("T")
+
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
     """A UserError of one process is raised on all: none waits for it until a time-out."""
     mine = None
     try:
@@ -25,6 +28,13 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     for rank, text in enumerate(told):
         if text is not None:
             raise UserError(f"process {rank} ended: {text}")
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What the main process's `work` returns, on all; its UserError too."""
+    with together(accelerator):
+        made = work() if accelerator.is_main_process else None
+    return broadcast_object_list([made])[0]
 
 
 def gather_rows(accelerator: Accelerator, tensor: Tensor) -> Tensor:

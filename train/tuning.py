@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch.nn import Module
 
-from duet.configs.schema import LoraConfig
+from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import (
-    AdapterInfo,
+    Bound,
     adapter_disabled,
     add_adapter,
     restore_adapter,
@@ -18,7 +18,7 @@ from duet.inference.adapters import (
 
 
 class Tuning(Protocol):
-    def attach(self, module: Module) -> None:
+    def attach(self, module: Module) -> Bound:
         """Make what is trained require gradients, in float32, and nothing else."""
 
     def reference(self, module: Module) -> AbstractContextManager[None]:
@@ -32,18 +32,12 @@ class Tuning(Protocol):
 
 @dataclass(frozen=True)
 class Lora:
-    config: LoraConfig
     info: AdapterInfo
 
-    def attach(self, module: Module) -> None:
-        config = self.config
-        add_adapter(
-            module,
-            self.info.part,
-            config.rank,
-            config.alpha,
-            config.target_modules,
-            config.dropout,
+    def attach(self, module: Module) -> Bound:
+        lora = self.info.lora
+        return add_adapter(
+            module, self.info.part, lora.rank, lora.alpha, lora.target_modules, lora.dropout
         )
 
     def reference(self, module: Module) -> AbstractContextManager[None]:

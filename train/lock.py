@@ -1,0 +1,70 @@
+"""One run at a time in an output folder."""
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+
+from accelerate import PartialState
+
+from duet.configs.errors import UserError, require_folder
+from duet.configs.schema import RunConfig
+from duet.inference.model import pick_device
+from duet.train.together import together
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def locked(name: str, folder: Path) -> Iterator[None]:
+    """While open, no other process can lock the folder; `name` is its setting's, for messages.
+
+    The system gives the lock back when its process ends, however that is: a stale one cannot
+    be. The file stays, for unlinking it would let two waiters lock two files. Over NFS it holds
+    between machines as far as the server's lock service does.
+    Raises UserError while another process has it, and where nothing can be written.
+    """
+    require_folder(name, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"{name} = {str(folder)!r} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{name} = {str(folder)!r} is in use by {holder}: wait for its end, "
+                "or give another folder"
+            ) from error
+        except OSError as error:  # some cluster file systems have no locks
+            told = f"{name} = {str(folder)!r} cannot be locked ({error.strerror})"
+            print(f"duet: {told}: see that no second run uses it", file=sys.stderr, flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def alone(train: Callable[[RunConfig], Path]) -> Callable[[RunConfig], Path]:
+    """`train`, while no other run writes to its output folder; of several processes the main
+    one locks, and all end where it cannot.
+    """
+
+    @wraps(train)
+    def run(config: RunConfig) -> Path:
+        state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
+        with ExitStack() as held:
+            with together(state):
+                if state.is_main_process:
+                    held.enter_context(locked("output_dir", Path(config.output_dir)))
+            return train(config)
+
+    return run

@@ -1,0 +1,182 @@
+"""Where a run begins, and what it must agree in with the checkpoint that it goes on from."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from duet.configs.digests import Damaged
+from duet.configs.errors import UserError, require_folder
+from duet.configs.row import PICTURES, Row
+from duet.configs.schema import RunConfig
+from duet.inference.adapter_files import read_adapter
+from duet.inference.fingerprint import WEIGHED
+from duet.inference.model import base_fingerprint
+from duet.train.checkpoint import Inputs, Position, checkpoints, read_position
+from duet.train.metrics import read_metrics
+
+# what the optimizer, the schedule, the order of the prompts and the actions were made for
+_KEPT = (
+    "seed",
+    "sampling",
+    "sde",
+    "lora",
+    "optim",
+    "rollout.prompts_per_step",
+    "rollout.num_generations",
+    "grpo.num_iterations",
+    "model.dtype",
+    "train.mixed_precision",
+)
+# what may be changed on purpose, and is told
+_TOLD = ("rewards", "grpo", "train.max_steps")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    run_id: str
+    inputs: Inputs
+    checkpoint: Path | None = None  # None: with fresh weights
+    step: int = 0  # rollouts that are done
+
+
+def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
+    """Raises UserError for a model that is not there."""
+    model = {name: base_fingerprint(config.model.path, name) for name in WEIGHED}
+    digest = hashlib.sha256()
+    for row in rows:  # a picture by its name: a data set may be moved
+        named = {k: _name(v) if k in PICTURES else v for k, v in row.items()}
+        digest.update(json.dumps(named, sort_keys=True, default=repr).encode() + b"\n")
+    return Inputs(model, digest.hexdigest())
+
+
+def _name(picture: Any) -> str:
+    return Path(picture).name if isinstance(picture, str) else "the dataset's own"
+
+
+def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
+    """The checkpoint to go on from, or a fresh start.
+
+    Raises UserError when the run would mix with an older one's checkpoints, when there is no
+    whole checkpoint to go on from, and when the run does not agree with it.
+    """
+    output_dir = Path(config.output_dir)
+    require_folder("output_dir", output_dir)
+    held = checkpoints(output_dir)
+    if config.train.resume is None:
+        _require_empty(output_dir, held)
+        return Start(uuid4().hex, inputs)
+    if config.train.resume == "latest":
+        if not held:
+            if read_metrics(output_dir):
+                _tell(f"{str(output_dir)!r} holds no checkpoint: the run begins at step 0 again")
+            return Start(uuid4().hex, inputs)
+        path, position = _newest(held)
+    else:
+        path = Path(config.train.resume)
+        position = read_position(path)
+        if held and held[-1].resolve() != path.resolve():
+            raise UserError(
+                f"train.resume = {config.train.resume!r} is at step {position.step}, but "
+                f"output_dir = {config.output_dir!r} holds {held[-1].name} besides: "
+                "give another output_dir"
+            )
+    _require_agreement(path, position, config, processes, inputs)
+    changes = list(_changes(position, config, _TOLD))
+    if changes:
+        told = ", ".join(f"{name} {was!r} -> {now!r}" for name, was, now in changes)
+        _tell(f"changed since {path.name}: {told}")
+    same_run = path.resolve().parent == output_dir.resolve()
+    return Start(position.run_id if same_run else uuid4().hex, inputs, path, position.step)
+
+
+def _require_empty(output_dir: Path, held: Sequence[Path]) -> None:
+    if held:
+        raise UserError(
+            f"output_dir = {str(output_dir)!r} holds {held[-1].name} already: "
+            "set train.resume=latest to go on, or another output_dir"
+        )
+    if read_metrics(output_dir):
+        raise UserError(
+            f"output_dir = {str(output_dir)!r} holds the metrics of a run without a "
+            "checkpoint: set train.resume=latest to begin it again, or another output_dir"
+        )
+
+
+def _newest(held: Sequence[Path]) -> tuple[Path, Position]:
+    """The newest whole one; what is passed over is told."""
+    reasons = []
+    for path in reversed(held):
+        try:
+            position = read_position(path)
+        except Damaged as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            _tell(f"{'; '.join(reasons)}; goes on from {path.name}, the newest whole one")
+        return path, position
+    raise UserError(f"train.resume = 'latest', but no checkpoint is whole: {reasons[0]}")
+
+
+def _require_agreement(
+    path: Path, position: Position, config: RunConfig, processes: int, inputs: Inputs
+) -> None:
+    checkpoint = f"checkpoint {str(path)!r}"
+    if position.stage != config.stage:
+        raise UserError(
+            f"{checkpoint} is of stage {position.stage!r}, the config of {config.stage!r}"
+        )
+    if position.num_processes != processes:  # the schedule counts updates, each has its RNG
+        raise UserError(
+            f"{processes} processes, but {checkpoint} was trained with "
+            f"{position.num_processes}: launch that many"
+        )
+    for name, was, now in _changes(position, config, _KEPT):
+        raise UserError(
+            f"{name} = {now!r}, but {checkpoint} was trained with {was!r}: "
+            "give that to go on, or begin a new run in another output_dir"
+        )
+    for part, fingerprint in inputs.model.items():
+        if position.inputs.model.get(part) != fingerprint:
+            raise UserError(
+                f"model.path = {config.model.path!r} has another {part} than {checkpoint} was "
+                "trained with: give that model to go on"
+            )
+    if position.inputs.data != inputs.data:
+        raise UserError(
+            f"data.train = {config.data.train!r} has other rows than {checkpoint} was trained "
+            "with: give those to go on, or begin a new run in another output_dir"
+        )
+    adapter = read_adapter(path).info
+    shape = adapter.stage, adapter.lora.rank, adapter.lora.alpha
+    if shape != (config.stage, config.lora.rank, config.lora.alpha):
+        raise UserError(
+            f"{checkpoint} holds an adapter of stage, rank and alpha {shape}, not of its config"
+        )
+
+
+def _changes(
+    position: Position, config: RunConfig, names: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, then, now) of those below `names` that differ."""
+    saved = _flat(position.config)
+    for name, now in _flat(json.loads(json.dumps(asdict(config)))).items():
+        meant = any(name == n or name.startswith(f"{n}.") for n in names)
+        if meant and saved.get(name, now) != now:
+            yield name, saved[name], now
+
+
+def _flat(tree: dict) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
+    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
+    return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
+
+
+def _tell(text: str) -> None:
+    print(f"duet: {text}", file=sys.stderr, flush=True)
