@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.row import Row
 from duet.configs.schema import Arithmetic, LoraConfig, OptimConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import (
@@ -276,8 +277,8 @@ def test_generate_runs_in_the_adapters_arithmetic(tmp_path, monkeypatch):
         "--output",
         str(tmp_path / "out"),
     ]
-    generate(parse(common), ["a card"])
-    generate(parse([*common, "--dtype", "float32"]), ["a card"])
+    generate(parse(common), [Row({"prompt": "a card"})])
+    generate(parse([*common, "--dtype", "float32"]), [Row({"prompt": "a card"})])
     told = [(e.pipeline.transformer.dtype, e.autocast) for e in engines]
     assert told == [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
 

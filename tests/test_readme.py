@@ -136,7 +136,7 @@ def test_stock_libraries_load_the_adapters_as_the_page_says(folder):
 
 def test_the_reward_of_ten_lines_scores(tmp_path, monkeypatch):
     [code] = [text for language, text in BLOCKS if language == "python"]
-    [config] = [text for language, text in BLOCKS if language == "yaml"]
+    [config] = [t for language, t in BLOCKS if language == "yaml" and t.startswith("rewards:")]
     (tmp_path / "brightness.py").write_text(code)
     (tmp_path / "rewards.yaml").write_text(config)
     assert len([line for line in code.splitlines() if line and line[0] != "#"]) <= 10

@@ -2,6 +2,7 @@
 
 import pytest
 
+from duet.configs.row import Row
 from duet.rewards.wanted_text import unseen_texts, wanted_texts
 from duet.train.prompts import untold_text
 
@@ -113,7 +114,7 @@ def test_a_mark_alone_quotes_nothing_and_costs_no_time(mark):
 def test_what_the_glyph_encoder_does_not_read_is_known():
     assert unseen_texts('the word "HOT" and « OUVERT »') == ["OUVERT"]
     assert unseen_texts("the baker's \"DON'T\"") == []
-    french, english = {"prompt": "un panneau « OUVERT »"}, {"prompt": 'a "HOT" dish'}
+    french, english = Row({"prompt": "un panneau « OUVERT »"}), Row({"prompt": 'a "HOT" dish'})
     assert untold_text([english]) is None
     told = untold_text([english, french, french])
     assert told.startswith("2 of 3 prompts ask for text") and "'OUVERT'" in told
