@@ -16,6 +16,16 @@ def require_folder(name: str, path: Path) -> None:
         raise UserError(f"{name} = {str(path)!r} is a file: name a folder")
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def tell(text: str) -> None:
+    """A line to the user that ends nothing."""
+    print(f"duet: {text}", file=sys.stderr, flush=True)
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command; a UserError becomes one line on stderr and exit status 2."""
     try:
@@ -27,5 +37,5 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as error:
-        print(f"duet: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        tell(f"error: {' '.join(str(error).split())}")
         sys.exit(2)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from duet.configs.errors import UserError
 from duet.configs.pictures import is_cropped, read_picture
+from duet.configs.setting import shown
 
 PICTURES = ("image", "source")  # the fidelity reward's reference; what an edit starts from
 
@@ -71,7 +72,7 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
     if not _is_text(prompt):
         columns = ", ".join(map(repr, row)) or "none"
         raise UserError(
-            f'{row.where} needs a non-empty "prompt", not {_short(prompt)}: its columns are '
+            f'{row.where} needs a non-empty "prompt", not {shown(prompt)}: its columns are '
             f"{columns} (another's name goes to data.columns: {{prompt: NAME}})"
         )
     _check_characters(row, "prompt", prompt)
@@ -80,7 +81,7 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
         texts = text if isinstance(text, list) else [text]
         if not texts or not all(map(_is_text, texts)):
             raise UserError(
-                f"{row.where}: text = {_short(text)} must be a non-empty string, or a list of them"
+                f"{row.where}: text = {shown(text)} must be a non-empty string, or a list of them"
             )
         for each in texts:
             _check_characters(row, "text", each)
@@ -92,7 +93,7 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
 def _check_picture(row: Row, key: str, width: int | None, height: int | None) -> None:
     stored = row[key]
     if not isinstance(stored, str | bytes | Image.Image) or stored == "":
-        raise UserError(f"{row.where}: {key} = {_short(stored)} must be a picture or its path")
+        raise UserError(f"{row.where}: {key} = {shown(stored)} must be a picture or its path")
     if isinstance(stored, str) and ("\0" in stored or not os.path.isfile(stored)):
         raise UserError(f"{row.where}: {key} {stored!r} does not exist, or is no file")
     try:
@@ -114,9 +115,4 @@ def _check_characters(row: Row, key: str, text: str) -> None:
     for character in text:
         if character == "\0" or "\ud800" <= character <= "\udfff":
             kind = "NUL" if character == "\0" else "half of a surrogate pair"
-            raise UserError(f"{row.where}: {key} = {_short(text)} holds {character!r}, {kind}")
-
-
-def _short(value: Any) -> str:
-    told = repr(value)
-    return told if len(told) <= 80 else f"{told[:80]}..."
+            raise UserError(f"{row.where}: {key} = {shown(text)} holds {character!r}, {kind}")

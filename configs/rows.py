@@ -1,7 +1,6 @@
 """Datasets of prompts: a file, a folder or a hub id in, checked rows out."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
+from duet.configs.hub import is_hub_id
 from duet.configs.row import Row, check_row, make_row
 from duet.configs.row_datasets import read_dataset
 from duet.configs.row_files import TEXT_FILES, Table, read_text_file
 from duet.configs.schema import RunConfig
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 _FILES = (*TEXT_FILES, ".parquet")
 
 
@@ -92,7 +91,7 @@ def _table(path: str, split: str | None, revision: str | None) -> Table:
         return read_text_file(file)
     if file.is_file() and suffix not in _FILES:
         raise UserError(f"prompt file {path!r}: allowed are {', '.join(_FILES)}")
-    if not file.exists() and (suffix in _FILES or not _HUB_ID.fullmatch(path)):
+    if not file.exists() and (suffix in _FILES or not is_hub_id(path)):
         raise UserError(
             f"prompt file {path!r} cannot be read: no such file or folder, and no hub id"
         )

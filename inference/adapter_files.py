@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duet.configs.digests import SUMS, Damaged, check_digests
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, first_line
 from duet.configs.load import build
 from duet.configs.schema import Arithmetic, LoraConfig
 from duet.inference.binding import is_target
@@ -118,9 +118,8 @@ def adapter_info(checkpoint: str | Path) -> AdapterInfo:
 
 
 def damaged(checkpoint: str | Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
-        f"checkpoint {str(checkpoint)!r} is missing or damaged ({reason}): "
+        f"checkpoint {str(checkpoint)!r} is missing or damaged ({first_line(error)}): "
         "give a folder that training wrote"
     )
 

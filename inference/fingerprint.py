@@ -6,7 +6,6 @@ from pathlib import Path
 
 from duet.configs.errors import UserError
 
-WEIGHED = ("vision_language_encoder", "transformer", "vae", "text_encoder")
 _PIECES = 4  # of a large tensor
 _PIECE_BYTES = 1024
 

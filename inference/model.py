@@ -1,15 +1,15 @@
 """Loading the parts of a GLM-Image checkpoint."""
 
-import re
 from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, first_line
+from duet.configs.hub import is_hub_id
 from duet.inference.fingerprint import fingerprint
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+COMPONENTS = ("vision_language_encoder", "transformer", "vae", "text_encoder")  # with weights
 # what `generate` of transformers takes where a checkpoint's generation config says nothing
 STOCK_GENERATION = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
@@ -34,14 +34,14 @@ def model_folder(path: str) -> Path:
                 f"model.path = {path!r} has no model_index.json: not a GLM-Image folder"
             )
         return folder
-    if not _HUB_ID.fullmatch(path):
+    if not is_hub_id(path):
         raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
     try:
         return Path(GlmImagePipeline.download(path))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path = {path!r}: no such folder, and as a hub id it cannot be loaded: {reason}"
+            f"model.path = {path!r}: no such folder, and as a hub id it cannot be loaded: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -63,14 +63,13 @@ def load_pipeline(
     try:
         pipeline = GlmImagePipeline.from_pretrained(str(folder), dtype=getattr(torch, dtype))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path = {path!r}: cannot be loaded: {reason}") from error
+        raise UserError(f"model.path = {path!r}: cannot be loaded: {first_line(error)}") from error
     return freeze(pipeline).to(pick_device("cpu" if offload == "phase" else device))
 
 
 def freeze(pipeline: GlmImagePipeline) -> GlmImagePipeline:
     """No part requires gradients; all are in eval mode."""
-    for name in ("vision_language_encoder", "transformer", "vae", "text_encoder"):
+    for name in COMPONENTS:
         getattr(pipeline, name).requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

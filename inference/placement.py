@@ -3,9 +3,7 @@
 from diffusers import GlmImagePipeline
 
 from duet.configs.schema import ModelConfig
-from duet.inference.model import pick_device
-
-COMPONENTS = ("vision_language_encoder", "text_encoder", "transformer", "vae")
+from duet.inference.model import COMPONENTS, pick_device
 
 
 class Placement:

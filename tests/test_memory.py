@@ -8,9 +8,8 @@ import torch
 from duet.configs.errors import UserError
 from duet.configs.schema import GrpoConfig
 from duet.inference import autoregressive
-from duet.inference.model import load_pipeline
+from duet.inference.model import COMPONENTS, load_pipeline
 from duet.inference.parts import PARTS
-from duet.inference.placement import COMPONENTS
 from duet.train import setup
 from duet.train.loss import NORMALISED, Actions, Counts, policy_loss
 from duet.train.recompute import recompute_blocks

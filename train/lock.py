@@ -3,7 +3,6 @@
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from duet.configs.errors import UserError, require_folder
+from duet.configs.errors import UserError, require_folder, tell
 from duet.configs.schema import RunConfig
 from duet.inference.model import pick_device
 from duet.train.together import together
@@ -46,7 +45,7 @@ def locked(name: str, folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:  # some cluster file systems have no locks
             told = f"{name} = {str(folder)!r} cannot be locked ({error.strerror})"
-            print(f"duet: {told}: see that no second run uses it", file=sys.stderr, flush=True)
+            tell(f"{told}: see that no second run uses it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import AdamW
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, first_line
 from duet.configs.schema import OptimConfig
 from duet.train.dropout import lora_dropout
 from duet.train.schedule import make_schedule
@@ -35,7 +35,7 @@ class Policy:
         rate's schedule.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
-        self.bound = tuning.attach(module)
+        tuning.attach(module)
         self.trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = AdamW(
             self.trained,
@@ -108,7 +108,6 @@ class Policy:
             load(state / f"random_states_{self.accelerator.process_index}.pkl")
             self.accelerator.load_state(str(state))
         except Exception as error:  # torch, pickle and zip readers each raise their own kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"checkpoint {str(folder)!r} is damaged ({reason}): resume from another"
+                f"checkpoint {str(folder)!r} is damaged ({first_line(error)}): resume from another"
             ) from error

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 from uuid import uuid4
 
 from duet.configs.digests import Damaged
-from duet.configs.errors import UserError, require_folder
+from duet.configs.errors import UserError, require_folder, tell
 from duet.configs.row import PICTURES, Row
 from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import read_adapter
-from duet.inference.fingerprint import WEIGHED
-from duet.inference.model import base_fingerprint
+from duet.inference.fingerprint import fingerprint
+from duet.inference.model import COMPONENTS, model_folder
 from duet.train.checkpoint import Inputs, Position, checkpoints, read_position
 from duet.train.metrics import read_metrics
 
@@ -48,7 +47,8 @@ class Start:
 
 def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
     """Raises UserError for a model that is not there."""
-    model = {name: base_fingerprint(config.model.path, name) for name in WEIGHED}
+    folder = model_folder(config.model.path)  # asked for once: the hub may have to be
+    model = {name: fingerprint(folder / name) for name in COMPONENTS}
     digest = hashlib.sha256()
     for row in rows:  # a picture by its name: a data set may be moved
         named = {k: _name(v) if k in PICTURES else v for k, v in row.items()}
@@ -75,7 +75,7 @@ def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
     if config.train.resume == "latest":
         if not held:
             if read_metrics(output_dir):
-                _tell(f"{str(output_dir)!r} holds no checkpoint: the run begins at step 0 again")
+                tell(f"{str(output_dir)!r} holds no checkpoint: the run begins at step 0 again")
             return Start(uuid4().hex, inputs)
         path, position = _newest(held)
     else:
@@ -91,7 +91,7 @@ def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
     changes = list(_changes(position, config, _TOLD))
     if changes:
         told = ", ".join(f"{name} {was!r} -> {now!r}" for name, was, now in changes)
-        _tell(f"changed since {path.name}: {told}")
+        tell(f"changed since {path.name}: {told}")
     same_run = path.resolve().parent == output_dir.resolve()
     return Start(position.run_id if same_run else uuid4().hex, inputs, path, position.step)
 
@@ -119,7 +119,7 @@ def _newest(held: Sequence[Path]) -> tuple[Path, Position]:
             reasons.append(str(error))
             continue
         if reasons:
-            _tell(f"{'; '.join(reasons)}; goes on from {path.name}, the newest whole one")
+            tell(f"{'; '.join(reasons)}; goes on from {path.name}, the newest whole one")
         return path, position
     raise UserError(f"train.resume = 'latest', but no checkpoint is whole: {reasons[0]}")
 
@@ -142,8 +142,8 @@ def _require_agreement(
             f"{name} = {now!r}, but {checkpoint} was trained with {was!r}: "
             "give that to go on, or begin a new run in another output_dir"
         )
-    for part, fingerprint in inputs.model.items():
-        if position.inputs.model.get(part) != fingerprint:
+    for part, weights in inputs.model.items():
+        if position.inputs.model.get(part) != weights:
             raise UserError(
                 f"model.path = {config.model.path!r} has another {part} than {checkpoint} was "
                 "trained with: give that model to go on"
@@ -176,7 +176,3 @@ def _flat(tree: dict) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
     sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
     return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
-
-
-def _tell(text: str) -> None:
-    print(f"duet: {text}", file=sys.stderr, flush=True)

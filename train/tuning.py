@@ -9,7 +9,6 @@ from torch.nn import Module
 
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import (
-    Bound,
     adapter_disabled,
     add_adapter,
     restore_adapter,
@@ -18,7 +17,7 @@ from duet.inference.adapters import (
 
 
 class Tuning(Protocol):
-    def attach(self, module: Module) -> Bound:
+    def attach(self, module: Module) -> None:
         """Make what is trained require gradients, in float32, and nothing else."""
 
     def reference(self, module: Module) -> AbstractContextManager[None]:
@@ -34,9 +33,9 @@ class Tuning(Protocol):
 class Lora:
     info: AdapterInfo
 
-    def attach(self, module: Module) -> Bound:
+    def attach(self, module: Module) -> None:
         lora = self.info.lora
-        return add_adapter(
+        add_adapter(
             module, self.info.part, lora.rank, lora.alpha, lora.target_modules, lora.dropout
         )
 
