@@ -130,7 +130,7 @@ def outcomes(tmp_path_factory):
 
     def attempt(name: str) -> subprocess.CompletedProcess:
         arguments = [a.format(tmp=tmp) for a in WRONG[name][0]]
-        if arguments[1] == "train":
+        if arguments[1] == "duet.train":
             arguments += [*quick, f"output_dir={tmp}/{name.replace(' ', '-')}"]
         return run(*arguments)
 
