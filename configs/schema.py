@@ -185,11 +185,12 @@ class TrainConfig:
     logging_images_steps: int = 10  # a grid of the rollout's images this often
     resume: str | None = None  # "latest" or a checkpoint folder
     max_not_scored: float = 0.5  # a step in which a reward leaves out a larger share ends the run
+    max_skipped: int = 3  # updates in a row that are not finite, and so skipped, end the run
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "save_steps", "logging_images_steps"):
+        for name in ("max_steps", "save_steps", "logging_images_steps", "max_skipped"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
         share = self.max_not_scored
         _require(0 <= share <= 1, "train.max_not_scored", share, "0 to 1")
@@ -264,7 +265,11 @@ class RunConfig:
             (*self.rewards, *self.eval.rewards),
             "every name once: an evaluation has the trained rewards anyway; give others a label",
         )
+        trained = any(reward.weight != 0 for reward in self.rewards)
+        _require(trained, "rewards' weights", 0, "at least one that is not 0, to train on")
         if self.stage == "ar":
+            top_k = self.sampling.top_k
+            _require(top_k != 1, "sampling.top_k", top_k, "0 or >= 2 to train the AR")
             temperature = self.sampling.temperature
             _require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")
         else:

@@ -1,10 +1,13 @@
 """Loading the parts of a GLM-Image checkpoint."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from duet.configs.errors import UserError
 
@@ -31,13 +34,20 @@ def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> Gl
         raise UserError(f"model.path = {path!r} has no model_index.json: not a GLM-Image folder")
     if not folder.is_dir() and not _HUB_ID.fullmatch(path):
         raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
+    _library_bars(sys.stderr.isatty())
     try:
         pipeline = GlmImagePipeline.from_pretrained(path, dtype=getattr(torch, dtype))
     except OSError as error:
         found = "" if folder.is_dir() else "no such folder, and as a hub id it "
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path = {path!r}: {found}cannot be loaded: {reason}") from error
+    _library_bars(False)  # later ones, as of writing an adapter, would break into Duet's own
     return freeze(pipeline).to(pick_device(device))
+
+
+def _library_bars(shown: bool) -> None:
+    for library in (transformers_logging, diffusers_logging):
+        (library.enable_progress_bar if shown else library.disable_progress_bar)()
 
 
 def freeze(pipeline: GlmImagePipeline) -> GlmImagePipeline:

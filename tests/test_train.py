@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_is_refused(small_run, tmp_path):
 
 
 def test_wandb_without_a_login_goes_offline(small_run, monkeypatch):
-    from duet.train.log import prepare_trackers
+    from duet.train.trackers import prepare_trackers
 
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

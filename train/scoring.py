@@ -89,8 +89,8 @@ def sample_and_score(
         sampled = time.perf_counter()
         bar = tqdm(jobs, desc="scoring", leave=False, disable=not show)
         parts = [job.result() for job in bar]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    finally:  # what ends a run does not wait for the reward that is being computed
+        pool.shutdown(wait=False, cancel_futures=True)
     return Sampled(
         rollouts,
         _joined([part.scores for part in parts]),

@@ -1,13 +1,14 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, require_writable
 from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
 from duet.inference.adapters import AdapterInfo
@@ -16,11 +17,13 @@ from duet.inference.model import load_pipeline, pick_device
 from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.checkpoint import Start, find_start
+from duet.train.environment import require_own_settings
 from duet.train.geometry import Geometry, geometry
-from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
 from duet.train.scoring import Scorer
+from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
+from duet.train.trackers import prepare_trackers, tracker_arguments
 from duet.train.tuning import Lora
 
 
@@ -37,11 +40,12 @@ class Run:
     weights: torch.Tensor  # [R], of the trained rewards
     rows: list[dict]
     start: Start
+    signals: Signals = field(default_factory=Signals)
 
     @property
     def shows(self) -> bool:
-        """Progress bars come from one process a machine."""
-        return self.accelerator.is_local_main_process
+        """Progress bars come from one process a machine, and go to a terminal alone."""
+        return self.accelerator.is_local_main_process and sys.stderr.isatty()
 
 
 def prepare(config: RunConfig) -> Run:
@@ -54,6 +58,7 @@ def prepare(config: RunConfig) -> Run:
     accelerator = _accelerator(config)
     divided = geometry(config, accelerator.num_processes)
     start = find_start(config, accelerator.num_processes)
+    require_writable("output_dir", Path(config.output_dir))
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     pipeline = load_pipeline(config.model.path, config.model.dtype, str(accelerator.device))
@@ -67,14 +72,13 @@ def prepare(config: RunConfig) -> Run:
     if start.checkpoint:
         policy.load(start.checkpoint)
     if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("duet")
+        accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     weights = torch.tensor([r.weight for r in config.rewards])
     return Run(config, accelerator, divided, stage, policy, scorer, weights, rows, start)
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
+    require_own_settings(config)
     on_cpu = pick_device(config.model.device).type == "cpu"
     if on_cpu and config.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU: on a CPU take 'bf16' or 'no'")

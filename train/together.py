@@ -13,13 +13,16 @@ from duet.configs.errors import UserError
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """A UserError of one process is raised on all: none waits for it until a time-out."""
+    """What ends one process, of whatever kind, ends all: none waits for it until a time-out.
+
+    The others raise a UserError that tells of it. Inside, nothing may wait for other processes.
+    """
     mine = None
     try:
         yield
-    except UserError as error:
+    except BaseException as error:  # a signal and `sys.exit` too; raised again below
         mine = error
-    told = gather_object([None if mine is None else str(mine)])
+    told = gather_object([None if mine is None else str(mine) or type(mine).__name__])
     if mine is not None:
         raise mine
     for rank, text in enumerate(told):

@@ -49,9 +49,15 @@ def rescore(
     return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
 
 
+@dataclass(frozen=True)
+class Updated:
+    metrics: dict[str, float]  # over all processes
+    skipped: dict[int, Tensor]  # samples of this process whose update was: their log-probs [T]
+
+
 def update(
     run: Run, rollouts: Sequence[Rollout], advantages: Tensor, rescored: Tensor | None
-) -> dict[str, float]:
+) -> Updated:
     """`num_iterations` passes over the rollout in micro-batches; metrics over all processes.
 
     `rescored`: what `rescore` gave, where the ratio starts from the trainer's log-probs and a
@@ -65,7 +71,7 @@ def update(
     batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
     counts = torch.tensor(float(sampled.numel()), device=device)
     mean_actions = float(accelerator.reduce(counts, "mean")) / len(batches)
-    totals, begun = Totals(), []
+    totals, begun, pending, skipped, skips = Totals(), [], {}, {}, 0
     schedule = [(p, b) for p in range(grpo.num_iterations) for b in batches]
     for passed, batch in tqdm(schedule, desc="update", leave=False, disable=not run.shows):
         with accelerator.accumulate(policy.module):
@@ -80,17 +86,23 @@ def update(
             kl = _kl(run, batch, scored) if grpo.beta > 0 else None
             actions = Actions(scored.logprobs, old, advantages[batch.index], kl, weight)
             result = policy_loss(actions, grpo, mean_actions)
-            norm = policy.update(result.loss)
+            pending |= zip(batch.index, scored.logprobs.detach().cpu(), strict=True)
+            made = policy.update(result.loss)
         totals.add(result.metrics)
         if scored.entropy is not None:
             totals.add({"entropy": scored.entropy.mean()})
-        if norm is not None:
-            totals.add({"grad_norm": norm})
-    metrics = totals.reduce(accelerator)
+        if made is not None:
+            totals.add({"grad_norm": made.grad_norm, "grad_rms": made.grad_rms})
+            if not made.made:
+                skipped |= pending
+                skips += 1
+            pending = {}
+    metrics = totals.reduce(accelerator) | {"updates/skipped": float(skips)}
     if trainer:
         pairs = accelerator.gather(torch.cat(begun, 1).T)  # [actions, 2]
         metrics |= Gap.of(*pairs.unbind(1)).metrics()
-    return metrics | {"learning_rate": policy.scheduler.get_last_lr()[0]}
+    metrics |= {"learning_rate": policy.scheduler.get_last_lr()[0]}
+    return Updated(metrics, skipped)
 
 
 def _kl(run: Run, batch: MicroBatch, scored: Scored) -> Tensor:
