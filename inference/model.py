@@ -1,5 +1,6 @@
 """Loading the parts of a GLM-Image checkpoint."""
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def load_pipeline(path: str, dtype: str = "float32", device: str = "auto") -> Gl
         raise UserError(f"model.path = {path!r}: {found}cannot be loaded: {reason}") from error
     _library_bars(False)  # later ones, as of writing an adapter, would break into Duet's own
     return freeze(pipeline).to(pick_device(device))
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """diffusers warns whenever an adapter is saved of modules to keep in float32, of which the
+    DiT has none."""
+    return "should be kept in float32: []" not in record.getMessage()
+
+
+logging.getLogger("diffusers.models.modeling_utils").addFilter(_says_something)
 
 
 def _library_bars(shown: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
@@ -58,8 +59,14 @@ class Endings:
         self._random, self._whole_step = RandomState.now(), True
 
     def save(self) -> Path:
-        """The checkpoint after the last finished step, written unless it is there already."""
-        self.newest = save_checkpoint(self.run.policy, self.run.config, self.done)
+        """The checkpoint after the last finished step, written unless it is there already.
+
+        Raises OSError where it cannot be.
+        """
+        try:
+            self.newest = save_checkpoint(self.run.policy, self.run.config, self.done)
+        except (RuntimeError, SafetensorError) as error:  # what writers raise on a full disk
+            raise OSError(f"checkpoint-{self.done} cannot be written: {error}") from error
         return self.newest
 
     def _ended(self, error: BaseException) -> UserError:
@@ -83,8 +90,7 @@ class Endings:
             try:
                 self._random.restore()
                 self.save()
-            except (OSError, MemoryError, RuntimeError, UserError) as error:
-                # torch's writers raise RuntimeError on a full disk
+            except (OSError, MemoryError, UserError) as error:
                 for partial in Path(self.run.config.output_dir).glob(".checkpoint-*.partial"):
                     shutil.rmtree(partial, ignore_errors=True)
                 reason = str(error).partition("\n")[0]

@@ -1,0 +1,108 @@
+"""A loss or gradient that is not finite reaches no weight, and no such weight a checkpoint."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from duet.configs.errors import UserError
+from duet.train import update
+from duet.train.checkpoint import complete_checkpoints
+from duet.train.policy import Policy
+from tests.conftest import train
+
+SHARP = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
+
+
+def weights(checkpoint):
+    return load_file(next((checkpoint / "adapter").glob("*.safetensors")))
+
+
+def spoil(monkeypatch, calls, factor) -> None:
+    """The losses of these micro-batches, counted from 1, times `factor`."""
+    true, count = update.policy_loss, []
+
+    def spoiled(*given):
+        count.append(None)
+        made = true(*given)
+        return replace(made, loss=made.loss * factor) if len(count) in calls else made
+
+    monkeypatch.setattr(update, "policy_loss", spoiled)
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_one_bad_micro_batch_skips_its_whole_update(small_run, tmp_path, monkeypatch, factor):
+    run = tmp_path / "run"
+    spoil(monkeypatch, {3}, factor)  # two micro-batches an update, one update a step
+    linear = "optim.lr_scheduler_type=linear"
+    train(small_run("decoder", SHARP, linear, "train.max_steps=3"))
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [s["updates/skipped"] for s in steps] == [0, 1, 0]
+    assert steps[1]["grad_norm"] is None and steps[2]["grad_norm"] > 0
+    assert steps[0]["learning_rate"] == steps[1]["learning_rate"] > steps[2]["learning_rate"]
+    first, second, third = (weights(c) for c in complete_checkpoints(run))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert any(not torch.equal(value, third[name]) for name, value in first.items())
+    kept = run / "skipped" / "step-2" / "process-0"
+    samples = json.loads((kept / "samples.json").read_text())
+    assert len(samples) == 8, "both micro-batches of the update"
+    assert Image.open(kept / samples[0]["image"]).size == (96, 64)
+    assert samples[0].keys() == {
+        "image", "prompt", "seed", "rewards", "advantage", "sampled_logprobs", "trained_logprobs"
+    }  # fmt: skip
+    assert not (run / "skipped" / "step-1").exists()
+
+
+def test_the_gradients_root_mean_square_is_told(small_run, tmp_path):
+    saved = train(small_run("decoder", SHARP, "train.max_steps=1"))
+    told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    count = sum(value.numel() for value in weights(saved).values())
+    assert told["grad_rms"] == pytest.approx(told["grad_norm"] / math.sqrt(count))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["grpo.beta=1e308"], "3 updates in a row had a loss or gradient that is not finite"),
+        (["optim.learning_rate=1e4"], "begin again with a smaller|not finite"),
+    ],
+)
+def test_a_run_that_breaks_down_ends_with_finite_checkpoints(
+    small_run, tmp_path, overrides, message
+):
+    with pytest.raises(UserError, match=message) as ended:
+        train(small_run("decoder", SHARP, "train.max_steps=6", *overrides))
+    assert ended.value.status == 2
+    for checkpoint in complete_checkpoints(tmp_path / "run"):
+        assert all(v.isfinite().all() for v in weights(checkpoint).values())
+
+
+def test_weights_that_are_not_finite_are_never_written(small_run, tmp_path, monkeypatch):
+    true = Policy.update
+
+    def overflows(self, loss):
+        made = true(self, loss)
+        with torch.no_grad():
+            self.trained[0][0, 0] = math.inf
+        return made
+
+    monkeypatch.setattr(Policy, "update", overflows)
+    with pytest.raises(UserError, match="the trained weights are no longer finite: .* smaller"):
+        train(small_run("decoder", SHARP))
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        ("ar", "sampling.top_k=1", "sampling.top_k = 1 is out of range"),
+        ("decoder", "rewards=[{name: ocr, weight: 0}]", "at least one that is not 0"),
+    ],
+)
+def test_what_trains_nothing_is_told_before_the_first_step(small_run, stage, override, message):
+    with pytest.raises(UserError, match=message):
+        small_run(stage, override)
