@@ -42,8 +42,9 @@ class Endings:
     ) -> None:
         try:
             if error is not None:
-                # an interrupted loop leaves its bar open: the error would stand on its line
-                for bar in list(tqdm._instances):
+                # interrupted loops leave their bars open, and the error would stand on one's line;
+                # a lower one moves the cursor up as it goes
+                for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
                     bar.close()
                 raise self._ended(error) from error
             self.run.accelerator.end_training()
