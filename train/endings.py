@@ -44,7 +44,7 @@ class Endings:
             if error is not None:
                 # interrupted loops leave their bars open, and the error would stand on one's line;
                 # a lower one moves the cursor up as it goes
-                for bar in sorted(tqdm._instances, key=lambda bar: bar.pos):
+                for bar in sorted(tqdm._instances, key=lambda bar: -abs(bar.pos)):
                     bar.close()
                 raise self._ended(error) from error
             self.run.accelerator.end_training()
