@@ -121,3 +121,41 @@ def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):
     assert any("process 1 ended: reward 'RaisesOnOne' raised" in line for line in errors)
     assert "exitcode: 2" in done.stderr.replace(" :", ":").replace("exitcode  ", "exitcode")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def one_bad_process(what: str, *overrides: str) -> subprocess.CompletedProcess:
+    """Three steps of one update a process; `what` happens on the second in the second step."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "tests.one_bad_process", what, "configs/tiny/decoder.yaml", *SMALL, "train.max_steps=3",
+        "rewards=[{name: duet.train.tiny.hackable.Sharpness}]", *overrides,
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(tmp_path):
+    run = tmp_path / "run"
+    done = one_bad_process("inf", f"output_dir={run}", "train.save_steps=1")
+    assert done.returncode == 0, done.stderr
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [s["updates/skipped"] for s in logged] == [0, 1, 0]
+    first, second, third = (
+        load_file(run / f"checkpoint-{n}/adapter/pytorch_lora_weights.safetensors")
+        for n in (1, 2, 3)
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert any(not torch.equal(value, third[name]) for name, value in first.items())
+    kept = sorted(p.parent.name for p in (run / "skipped" / "step-2").glob("*/samples.json"))
+    assert kept == ["process-0", "process-1"]
+
+
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    done = one_bad_process("signal", f"output_dir={run}", "train.save_steps=9")
+    errors = [line for line in done.stderr.splitlines() if "duet: error:" in line]
+    assert done.returncode != 0 and errors, done.stderr
+    assert all("SIGTERM ended the run" in line and "train.resume=latest" in line for line in errors)
+    assert [p.name for p in run.glob("*checkpoint*")] == ["checkpoint-2"], "the step was finished"
