@@ -10,7 +10,6 @@ from types import TracebackType
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from duet.configs.errors import UserError
 from duet.train.checkpoint import save_checkpoint
@@ -42,10 +41,6 @@ class Endings:
     ) -> None:
         try:
             if error is not None:
-                # interrupted loops leave their bars open, and the error would stand on one's line;
-                # a lower one moves the cursor up as it goes
-                for bar in sorted(tqdm._instances, key=lambda bar: -abs(bar.pos)):
-                    bar.close()
                 raise self._ended(error) from error
             self.run.accelerator.end_training()
         finally:

@@ -45,8 +45,8 @@ def rescore(
 ) -> Tensor:
     """Log-probs [B, T] by the training forward, at the update's own micro-batches."""
     batches = micro_batches(rollouts, batch_size)
-    bar = tqdm(batches, desc="old log-probs", leave=False, disable=not show)
-    return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
+    with tqdm(batches, desc="old log-probs", leave=False, disable=not show) as bar:
+        return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
 
 
 @dataclass(frozen=True)
