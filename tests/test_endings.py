@@ -31,6 +31,11 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(expected[name], reached[name]) for name in expected)
     for name in ("optimizer.bin", "scheduler.bin"):
         assert (one / "state" / name).read_bytes() == (other / "state" / name).read_bytes()
+    ended, resumed = (
+        torch.load(c / "state" / "random_states_0.pkl", weights_only=False)["torch_manual_seed"]
+        for c in (one, other)
+    )
+    assert torch.equal(ended, resumed)
 
 
 def in_step(monkeypatch, owner: type, name: str, step: int, act) -> None:
@@ -52,6 +57,7 @@ def signalled(number: int):
 
 def failing(error: BaseException):
     def fail():
+        torch.rand(3)  # what a reward or dropout may have drawn since the last finished step
         raise error
 
     return fail

@@ -34,3 +34,10 @@ def test_bootstrap_interval_is_that_of_the_mean():
 def test_a_picture_without_a_score_is_no_imperfect_one():
     scores = [[1.0, float("nan")], [0.5, float("nan")]]
     assert summarise(scores, None, EvalConfig()).perfect == 0.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_mean_of_nothing_is_no_number_and_no_warning():
+    nothing = [[float("nan")], [float("nan")]]
+    made = summarise(nothing, [[0.5], [0.5]], EvalConfig())
+    assert np.isnan([made.mean, made.change, *made.interval]).all()
