@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -13,6 +14,7 @@ from duet.configs.errors import UserError
 from duet.train import update
 from duet.train.checkpoint import complete_checkpoints
 from duet.train.policy import Policy
+from duet.train.setup import prepare
 from tests.conftest import train
 
 SHARP = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
@@ -34,10 +36,9 @@ def spoil(monkeypatch, calls, factor) -> None:
     monkeypatch.setattr(update, "policy_loss", spoiled)
 
 
-@pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_one_bad_micro_batch_skips_its_whole_update(small_run, tmp_path, monkeypatch, factor):
+def test_one_bad_micro_batch_skips_its_whole_update(small_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    spoil(monkeypatch, {3}, factor)  # two micro-batches an update, one update a step
+    spoil(monkeypatch, {3}, math.inf)  # two micro-batches an update, one update a step
     linear = "optim.lr_scheduler_type=linear"
     train(small_run("decoder", SHARP, linear, "train.max_steps=3"))
     steps = [json.loads(line) for line in (run / "metrics.jsonl").open()]
@@ -91,9 +92,21 @@ def test_weights_that_are_not_finite_are_never_written(small_run, tmp_path, monk
         return made
 
     monkeypatch.setattr(Policy, "update", overflows)
-    with pytest.raises(UserError, match="the trained weights are no longer finite: .* smaller"):
+    with pytest.raises(UserError, match="weights are no longer finite: .* smaller") as ended:
         train(small_run("decoder", SHARP))
+    assert "could not be written" not in str(ended.value), "none was tried"
     assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def test_an_optimizer_that_is_not_finite_is_never_written(small_run, tmp_path):
+    AcceleratorState._reset_state(True)
+    policy = prepare(small_run("decoder", SHARP)).policy
+    policy.require_finite()
+    moment = torch.tensor([math.nan])
+    policy.optimizer.optimizer.state[policy.trained[0]] = {"exp_avg": moment}
+    with pytest.raises(UserError, match="no longer finite"):
+        policy.save(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
 
 
 @pytest.mark.parametrize(
