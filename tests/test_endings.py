@@ -64,9 +64,6 @@ def failing(error: BaseException):
     return fail
 
 
-decoder = pytest.mark.parametrize("stage", ["decoder"])
-
-
 def make(stage: str, folder: Path, *overrides: str):
     small = [
         "rollout.prompts_per_step=2", "rollout.num_generations=4", "grpo.num_iterations=1",
@@ -119,7 +116,6 @@ def test_an_end_leaves_the_last_finished_step(whole, stage, name, tmp_path, monk
     assert steps == [1, 2, 3]
 
 
-@decoder
 def test_what_fails_in_an_update_goes_back_to_the_newest_checkpoint(
     whole, stage, tmp_path, monkeypatch
 ):
@@ -128,13 +124,12 @@ def test_what_fails_in_an_update_goes_back_to_the_newest_checkpoint(
     with monkeypatch.context() as broken, pytest.raises(UserError, match=told):
         # two updates a step: the second step's first one is made
         in_step(broken, Policy, "update", 4, failing(RuntimeError("CUDA error")))
-        train(make(stage, tmp_path))
+        train(make("decoder", tmp_path))
     assert not list(tmp_path.glob("*checkpoint*"))
-    assert_same(whole(stage), train(make(stage, tmp_path, "train.resume=latest")))
+    assert_same(whole("decoder"), train(make("decoder", tmp_path, "train.resume=latest")))
 
 
-@decoder
-def test_a_full_disk_leaves_no_partial_checkpoint(whole, stage, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_checkpoint(whole, tmp_path, monkeypatch):
     """Torch's writer raises a RuntimeError, others an OSError."""
     save = Policy.save
 
@@ -146,10 +141,10 @@ def test_a_full_disk_leaves_no_partial_checkpoint(whole, stage, tmp_path, monkey
     told = "OSError: .*; checkpoint-2 could not be written .*; .*checkpoint-1 is whole: go on"
     with monkeypatch.context() as broken, pytest.raises(UserError, match=told):
         broken.setattr(Policy, "save", fills)
-        train(make(stage, tmp_path, "train.save_steps=1"))
+        train(make("decoder", tmp_path, "train.save_steps=1"))
     assert [p.name for p in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
     assert not list(tmp_path.glob(".checkpoint*"))
-    assert_same(whole(stage), train(make(stage, tmp_path, "train.resume=latest")))
+    assert_same(whole("decoder"), train(make("decoder", tmp_path, "train.resume=latest")))
 
 
 def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_so(tmp_path):
