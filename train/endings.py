@@ -30,6 +30,7 @@ class Endings:
         self.newest = run.start.checkpoint  # whole
         self._random = RandomState.now()  # as the last finished step left it
         self._whole_step = True  # the weights are those of `done` steps
+        self._writable = True  # False: a checkpoint was tried, and it will not go better now
         self._listening = run.signals.listening()
 
     def __enter__(self) -> "Endings":
@@ -61,8 +62,12 @@ class Endings:
         """
         try:
             self.newest = save_checkpoint(self.run.policy, self.run.config, self.done)
-        except (RuntimeError, SafetensorError) as error:  # what writers raise on a full disk
-            raise OSError(f"checkpoint-{self.done} cannot be written: {error}") from error
+        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
+            self._writable = False
+            for partial in Path(self.run.config.output_dir).glob(".checkpoint-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"checkpoint-{self.done} could not be written ({reason})") from error
         return self.newest
 
     def _ended(self, error: BaseException) -> UserError:
@@ -82,15 +87,12 @@ class Endings:
 
     def _kept(self) -> str:
         """Leave a checkpoint of the last finished step; says what there is to go on from."""
-        if self._whole_step and self.done > self.run.start.step:
+        if self._whole_step and self._writable and self.done > self.run.start.step:
             try:
                 self._random.restore()
                 self.save()
-            except (OSError, MemoryError, UserError) as error:
-                for partial in Path(self.run.config.output_dir).glob(".checkpoint-*.partial"):
-                    shutil.rmtree(partial, ignore_errors=True)
-                reason = str(error).partition("\n")[0]
-                return f"checkpoint-{self.done} could not be written ({reason}); {self._way_on()}"
+            except (OSError, UserError) as error:
+                return f"{error}; {self._way_on()}"
         return self._way_on()
 
     def _way_on(self) -> str:
