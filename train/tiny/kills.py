@@ -167,6 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
     options, run = parser.parse_known_args(arguments)
     if options.child:
         number = signal.Signals[options.signal]
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background jobs ignore it
         before_call(*PHASES[options.child], lambda: os.kill(os.getpid(), number))
         return command.main(run)
     held: list[bool] = []
