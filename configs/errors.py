@@ -9,6 +9,11 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake outside the code: name, value, what is allowed, what to do."""
 
+    def __init__(self, text: str, status: int = 2) -> None:
+        """`status`: what the command exits with."""
+        super().__init__(text)
+        self.status = status
+
 
 def require_folder(name: str, path: Path) -> None:
     """Raises UserError where a folder is to be written and a file stands."""
@@ -27,7 +32,10 @@ def tell(text: str) -> None:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a command; a UserError becomes one line on stderr and exit status 2."""
+    """Run a command; a UserError becomes one line on stderr and its exit status.
+
+    Ctrl-C ends with 130, as shells expect (128 + the signal's number).
+    """
     try:
         try:
             main()
@@ -38,4 +46,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         sys.exit(1)
     except UserError as error:
         tell(f"error: {' '.join(str(error).split())}")
-        sys.exit(2)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        tell("interrupted")
+        sys.exit(130)

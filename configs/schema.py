@@ -222,6 +222,9 @@ class TrainConfig(Section):
     max_not_scored: float = setting(
         "a step in which a reward leaves out a larger share ends the run", 0.5, least=0, most=1
     )
+    max_skipped: int = setting(
+        "updates in a row that are not finite, and so skipped, end the run", 3, least=1, most=_MANY
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("autocast of every forward", "no")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting(
         "besides metrics.jsonl, which is always written", ()
@@ -304,9 +307,13 @@ class RunConfig(Section):
 
         An evaluation asks for none of it.
         """
+        trained = any(reward.weight != 0 for reward in self.rewards)
+        require(trained, "rewards' weights", 0, "at least one that is not 0, to train on")
         watched = bool(self.watch.rewards) or not self.watch.stop
         require(watched, "watch.stop", True, "false without watch.rewards")
         if self.stage == "ar":
+            top_k = self.sampling.top_k
+            require(top_k != 1, "sampling.top_k", top_k, "0 or >= 2 to train the AR")
             temperature = self.sampling.temperature
             require(temperature > 0, "sampling.temperature", temperature, "> 0 to train the AR")
             return

@@ -204,7 +204,8 @@ class Engine:
         return self.initial_noise(seed, request.size) if request.noise is None else request.noise
 
     def _bar(self, total: int, name: str) -> tqdm:
-        return tqdm(total=total, desc=name, leave=False, disable=not self.progress)
+        """On a terminal alone: elsewhere its carriage returns would fill a log."""
+        return tqdm(total=total, desc=name, leave=False, disable=None if self.progress else True)
 
 
 def _prior(request: Request, tokens: TokenTrajectory | None) -> Tensor:

@@ -1,9 +1,13 @@
 """Loading the parts of a GLM-Image checkpoint."""
 
+import logging
+import sys
 from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from duet.configs.errors import UserError, first_line
 from duet.configs.hub import is_hub_id
@@ -36,6 +40,7 @@ def model_folder(path: str) -> Path:
         return folder
     if not is_hub_id(path):
         raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
+    _library_bars(sys.stderr.isatty())
     try:
         return Path(GlmImagePipeline.download(path))
     except OSError as error:
@@ -60,11 +65,27 @@ def load_pipeline(
     Raises UserError when there is no such model.
     """
     folder = model_folder(path)
+    _library_bars(sys.stderr.isatty())
     try:
         pipeline = GlmImagePipeline.from_pretrained(str(folder), dtype=getattr(torch, dtype))
     except OSError as error:
         raise UserError(f"model.path = {path!r}: cannot be loaded: {first_line(error)}") from error
+    _library_bars(False)  # later ones, as of writing an adapter, would break into Duet's own
     return freeze(pipeline).to(pick_device("cpu" if offload == "phase" else device))
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """diffusers warns whenever an adapter is saved of modules to keep in float32, of which the
+    DiT has none."""
+    return "should be kept in float32: []" not in record.getMessage()
+
+
+logging.getLogger("diffusers.models.modeling_utils").addFilter(_says_something)
+
+
+def _library_bars(shown: bool) -> None:
+    for library in (transformers_logging, diffusers_logging):
+        (library.enable_progress_bar if shown else library.disable_progress_bar)()
 
 
 def freeze(pipeline: GlmImagePipeline) -> GlmImagePipeline:

@@ -64,6 +64,7 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
     ]  # fmt: skip
     trained = run("-m", "duet.launch.cli", "train", TINY, *small)
     assert trained.returncode == 0, trained.stderr
+    assert all(line.startswith("duet: ") for line in trained.stderr.splitlines()), trained.stderr
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     output = tmp_path / "report"
     command = [
@@ -78,7 +79,7 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
         str(output),
     ]
     done = run(*command)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     results = json.loads((output / "results.json").read_text())
     base, after = results["rows"]
     assert (base["model"], after["model"]) == ("base", "run-checkpoint-1")

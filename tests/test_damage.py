@@ -325,10 +325,10 @@ def test_a_second_run_is_refused_while_the_first_lives(run):
     assert train(config) == run / "checkpoint-3", "a dead process holds nothing"
 
 
-@pytest.mark.parametrize("ending", [UserError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("ending", [UserError("no"), KeyboardInterrupt(), SystemExit(1)])
 def test_the_lock_ends_with_its_run(tmp_path, ending):
     for _ in range(2):
-        with pytest.raises(ending), locked("output_dir", tmp_path / "run"):
+        with pytest.raises(type(ending)), locked("output_dir", tmp_path / "run"):
             with pytest.raises(UserError, match="in use by process"):
                 locked("output_dir", tmp_path / "run").__enter__()
             raise ending

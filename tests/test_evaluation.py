@@ -45,3 +45,10 @@ def test_what_does_not_apply_is_left_out_of_means_and_pairs():
     assert summary.mean == pytest.approx((0.7 + 0.3) / 2)
     assert summary.change == pytest.approx((0.1 + 0.0) / 2)
     assert json.loads(json.dumps(base)) == base, "null in the results"
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_mean_of_nothing_is_no_number_and_no_warning():
+    nothing = [[float("nan")], [float("nan")]]
+    made = summarise(nothing, [[0.5], [0.5]], EvalConfig())
+    assert np.isnan([made.mean, made.change, *made.interval]).all()

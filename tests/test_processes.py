@@ -121,3 +121,28 @@ def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):
     assert any("process 1 ended: reward 'RaisesOnOne' raised" in line for line in errors)
     assert "exitcode: 2" in done.stderr.replace(" :", ":").replace("exitcode  ", "exitcode")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_what_comes_to_one_process_is_shared_by_all(tmp_path):
+    """A loss that is not finite in the second step, a signal in the third: on the second alone."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "tests.one_bad_process", "configs/tiny/decoder.yaml", *SMALL, "train.max_steps=5",
+        "train.save_steps=2", "rewards=[{name: duet.train.tiny.hackable.Sharpness}]", f"output_dir={run}",
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [s["updates/skipped"] for s in logged] == [0, 1, 0], done.stderr
+    state = torch.load(run / "checkpoint-2" / "state" / "optimizer.bin", weights_only=True)["state"]
+    assert {int(s["step"]) for s in state.values()} == {1}, "one update of two was made"
+    kept = sorted(p.parent.name for p in (run / "skipped" / "step-2").glob("*/samples.json"))
+    assert kept == ["process-0", "process-1"]
+    errors = [line for line in done.stderr.splitlines() if "duet: error:" in line]
+    assert done.returncode != 0 and errors, done.stderr
+    assert all("SIGTERM ended the run" in line and "train.resume=latest" in line for line in errors)
+    left = {p.name for p in run.glob("*checkpoint*")}
+    assert left == {"checkpoint-2", "checkpoint-3"}, "the signal's step was finished"

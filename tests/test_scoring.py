@@ -202,18 +202,17 @@ def test_advantages_where_a_reward_does_not_apply_are_those_of_the_others(aggreg
         ([NAN, NAN], 0.0, None),
     ],
 )
-def test_what_ends_a_run_is_failure_where_a_reward_applies(column, weight, message, monkeypatch):
-    monkeypatch.setattr("duet.train.endings.save", lambda run, step: "checkpoint-0")
+def test_what_ends_a_run_is_failure_where_a_reward_applies(column, weight, message):
     train_config = SimpleNamespace(max_not_scored=0.5)
     run = SimpleNamespace(
         config=SimpleNamespace(train=train_config), weights=torch.tensor([weight])
     )
     collected = SimpleNamespace(all_scores=Scores({"a": torch.tensor(column)}, {}))
     if message is None:
-        require_scores(run, collected, 0)
+        require_scores(run, collected)
     else:
         with pytest.raises(UserError, match=message):
-            require_scores(run, collected, 0)
+            require_scores(run, collected)
 
 
 def test_a_run_on_a_reward_that_applies_to_some_prompts_only(small_run, tmp_path):
@@ -225,11 +224,11 @@ def test_a_run_on_a_reward_that_applies_to_some_prompts_only(small_run, tmp_path
     assert metrics["rewards/Seldom/not_scored"] == 0 and metrics["rewards/Seldom/mean"] == 0.5
 
 
-def test_too_many_samples_without_a_score_end_the_run_with_a_checkpoint(small_run, tmp_path):
+def test_too_many_samples_without_a_score_end_the_run(small_run, tmp_path):
     reward = "rewards=[{name: tests.sample_rewards.Unsure, args: {share: 0.6}}]"
     with pytest.raises(UserError, match="reward 'Unsure' left 62% .* train.resume=latest"):
         train(small_run("decoder", reward))
-    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-0"]
+    assert not complete_checkpoints(tmp_path / "run"), "no step was finished"
     train(
         small_run(
             "decoder",
@@ -262,7 +261,9 @@ def test_the_alarm_can_end_a_run_with_a_checkpoint(small_run, tmp_path, monkeypa
     )
     monkeypatch.setattr("duet.train.watch.Watch.alarm_text", lambda self, metrics: "ocr lost 7%")
     watched = "watch.rewards=[{name: tests.sample_rewards.Constant, args: {value: 5.0}}]"
-    with pytest.raises(UserError, match="watch.stop ended the run at .*checkpoint-1: .* ocr lost"):
+    with pytest.raises(
+        UserError, match="watch.stop ended the run: .* ocr lost 7%; .*checkpoint-1 is whole"
+    ):
         train(small_run("decoder", watched, "watch.stop=true", "train.save_steps=9"))
     assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 

@@ -17,7 +17,7 @@ from duet.configs.errors import UserError
 from duet.configs.load import build
 from duet.configs.schema import RunConfig
 from duet.train.policy import Policy
-from duet.train.together import from_main
+from duet.train.together import from_main, together
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _POSITION = "trainer_state.json"
@@ -70,13 +70,12 @@ def save_checkpoint(
     if from_main(accelerator, lambda: _stands(final, run_id)):
         return final
     partial = final.with_name(f".{final.name}.partial")
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    policy.save(partial)
-    accelerator.wait_for_everyone()  # each process has written its RNG
-    if accelerator.is_main_process:
+
+    def finish() -> None:
         told = Position(
             step, config.stage, accelerator.num_processes, run_id, inputs, asdict(config)
         )
@@ -85,7 +84,11 @@ def save_checkpoint(
         sync_tree(partial)
         partial.rename(final)
         _sync(final.parent)
-    accelerator.wait_for_everyone()
+
+    from_main(accelerator, begin)
+    with together(accelerator):  # each process writes its RNG
+        policy.save(partial)
+    from_main(accelerator, finish)
     return final
 
 

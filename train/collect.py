@@ -35,14 +35,14 @@ class Collected:
 def collect(run: Run, step: int) -> Collected:
     """Sample this process's groups and score them.
 
-    Raises UserError, on all processes, when a reward fails on one.
+    Raises UserError, on all processes, when a reward fails on one, and Stopped on a signal.
     """
     config, stage, accelerator = run.config, run.stage, run.accelerator
     count, samples = config.rollout.prompts_per_step, config.rollout.num_generations
     groups = draw_groups(run.rows, config.seed, step, count, samples)
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     start = time.perf_counter()
-    with together(accelerator), run.policy.sampling():
+    with together(accelerator), run.signals.heeded(), run.policy.sampling():
         requests = stage.requests(mine)  # the decoder's priors are sampled here
         before = time.perf_counter() - start
 

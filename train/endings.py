@@ -1,32 +1,136 @@
-"""What ends a run before its last step, with a checkpoint."""
+"""What ends a run before its last step: the last finished step's checkpoint is left, where one
+can be written, and one line with how to go on."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
+from safetensors import SafetensorError
 
 from duet.configs.errors import UserError
 from duet.rewards.answers import LARGEST
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import Collected
+from duet.train.journal import LOG_FILE, Journal
+from duet.train.randomness import RandomState
 from duet.train.retention import remove_old
 from duet.train.setup import Run
+from duet.train.signals import Stopped
 from duet.train.watch import Watch
 
 
-def save(run: Run, done: int) -> Path:
-    """The checkpoint after `done` rollouts, written unless it is there already."""
-    start = run.start
-    saved = save_checkpoint(run.policy, run.config, start.run_id, start.inputs, done)
-    if run.accelerator.is_main_process:
-        remove_old(saved.parent, run.config.train.save_total_limit, start.checkpoint)
-    return saved
+class Endings:
+    """Around the loop: whatever ends it leaves as a UserError, with the command's exit status."""
+
+    def __init__(self, run: Run, journal: Journal) -> None:
+        self.run, self.journal = run, journal
+        self.done = run.start.step  # steps whose updates are all made
+        self.newest = run.start.checkpoint  # whole
+        self._random = RandomState.now()  # as the last finished step left it
+        self._whole_step = True  # the weights are those of `done` steps
+        self._writable = True  # False: a checkpoint was tried, and it will not go better now
+        self._listening = run.signals.listening()
+
+    def __enter__(self) -> "Endings":
+        self._listening.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                raise self._ended(error) from error
+            self.run.accelerator.end_training()
+        finally:
+            self._listening.__exit__(None, None, None)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The updates of one step: what fails within leaves weights of no step."""
+        self._whole_step = False
+        yield
+        self.done += 1
+        self._random, self._whole_step = RandomState.now(), True
+
+    def save(self) -> Path:
+        """The checkpoint after the last finished step, written unless it is there already.
+
+        Raises OSError where it cannot be.
+        """
+        run, start = self.run, self.run.start
+        try:
+            self.newest = save_checkpoint(
+                run.policy, run.config, start.run_id, start.inputs, self.done
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
+            self._writable = False
+            for partial in Path(run.config.output_dir).glob(".checkpoint-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"checkpoint-{self.done} could not be written ({reason})") from error
+        if run.accelerator.is_main_process:
+            limit = run.config.train.save_total_limit
+            remove_old(self.newest.parent, limit, start.checkpoint)
+        return self.newest
+
+    def _ended(self, error: BaseException) -> UserError:
+        text, status = _told(error)
+        shared = isinstance(error, UserError | Stopped)  # raised on all processes
+        if shared or self.run.accelerator.num_processes == 1:
+            text = f"{text}; {self._kept()}"
+            with contextlib.suppress(OSError):  # a tracker on a full disk
+                for tracker in self.run.accelerator.trackers:
+                    tracker.finish()
+        else:
+            text = f"{text}; {self._way_on()}"
+        if status == 1:
+            text += f" (a fault of Duet or of a plug-in: {LOG_FILE} has where)"
+        with contextlib.suppress(OSError):
+            self.journal.record(text, error)
+        return UserError(text, status)
+
+    def _kept(self) -> str:
+        """Leave a checkpoint of the last finished step; says what there is to go on from."""
+        if self._whole_step and self._writable and self.done > self.run.start.step:
+            try:
+                self._random.restore()
+                self.save()
+            except (OSError, UserError) as error:
+                return f"{error}; {self._way_on()}"
+        return self._way_on()
+
+    def _way_on(self) -> str:
+        if self.newest is None:
+            return "no checkpoint was written yet: begin again with train.resume=latest"
+        resume = "latest"
+        if self.newest.parent.resolve() != Path(self.run.config.output_dir).resolve():
+            resume = str(self.newest)
+        return f"{self.newest} is whole: go on from it with train.resume={resume}"
 
 
-def require_scores(run: Run, collected: Collected, step: int) -> None:
-    """End the run when a trained reward fails on too many of the samples to which it applies,
-    or when a weighted score is too large for float32."""
+def _told(error: BaseException) -> tuple[str, int]:
+    """One line, and the exit status: 2 for what a user can mend, 128 + a signal's number."""
+    line = " ".join(str(error).split())
+    match error:
+        case Stopped() | UserError():
+            return line, error.status
+        case SystemExit():
+            return f"a reward or another plug-in called sys.exit({error.code!r})", 2
+        case OSError() | MemoryError():
+            return f"{type(error).__name__}: {line or 'out of memory'}", 2
+        case _:
+            return f"{type(error).__name__}: {line}", 1
+
+
+def require_scores(run: Run, collected: Collected) -> None:
+    """Raises UserError when a trained reward fails on too many of the samples to which it
+    applies, or when a weighted score is too large for float32."""
     allowed = run.config.train.max_not_scored
     trained = collected.all_scores.trained.items()
     for (name, column), weight in zip(trained, run.weights, strict=True):
@@ -34,31 +138,25 @@ def require_scores(run: Run, collected: Collected, step: int) -> None:
             continue  # nothing is trained on it
         applies = column[column != NOT_APPLICABLE]
         if not (applies.isnan() | ((applies * weight).abs() <= LARGEST)).all():
-            saved = save(run, step)
             raise UserError(
                 f"reward {name!r}: its scores times its weight {float(weight):g} are "
-                f"beyond {LARGEST:g}: give a smaller weight, then go on from {saved} "
-                "with train.resume=latest"
+                f"beyond {LARGEST:g}: give a smaller weight"
             )
         share = float(applies.isnan().float().mean()) if len(applies) else 0.0
         if share > allowed:
-            saved = save(run, step)
             raise UserError(
                 f"reward {name!r} left {share:.0%} of a step's samples without a score "
-                f"(train.max_not_scored allows {allowed:.0%}): mend it, then go on from "
-                f"{saved} with train.resume=latest"
+                f"(train.max_not_scored allows {allowed:.0%}): mend it"
             )
 
 
-def heed_alarm(run: Run, watch: Watch, metrics: dict[str, float], done: int) -> None:
-    """Tell that the alarm rang; with `watch.stop`, end the run."""
+def heed_alarm(run: Run, watch: Watch, journal: Journal, metrics: dict[str, float]) -> None:
+    """Tell that the alarm rang. Raises UserError with `watch.stop`."""
     # one process decides for all: only its metrics file is sure to be whole
     rang = broadcast_object_list([metrics["watch/alarm"] > 0])[0]
     if not rang:
         return
     told = f"reward hacking? {watch.alarm_text(metrics)}"
     if run.config.watch.stop:
-        saved = save(run, done)
-        raise UserError(f"watch.stop ended the run at {saved}: {told}")
-    if run.accelerator.is_main_process:
-        tqdm.write(f"duet: alarm at step {done}: {told}")
+        raise UserError(f"watch.stop ended the run: {told}")
+    journal.tell(f"alarm: {told}")

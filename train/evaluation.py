@@ -158,7 +158,7 @@ def _score(
     sizes = [len(prompt_images) for prompt_images in images]
     return {
         name: np.reshape(score(reward, name, inputs, sizes), (len(rows), -1)).tolist()
-        for name, reward in tqdm(rewards.items(), desc="scoring", leave=False)
+        for name, reward in tqdm(rewards.items(), desc="scoring", leave=False, disable=None)
     }
 
 
@@ -167,12 +167,18 @@ def summarise(scores: list, base: list | None, config: EvalConfig) -> Summary:
     values, single = _prompt_means(scores), np.array(scores, dtype=float)
     change = None if base is None else values - _prompt_means(base)
     return Summary(
-        mean=float(np.nanmean(values)),
+        mean=_mean(values),
         interval=bootstrap_interval(values, config),
         perfect=float((single == 1).sum() / max(1, (~np.isnan(single)).sum())),
-        change=None if change is None else float(np.nanmean(change)),
+        change=None if change is None else _mean(change),
         change_interval=None if change is None else bootstrap_interval(change, config),
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is known; NaN where nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _prompt_means(scores: list) -> np.ndarray:

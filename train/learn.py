@@ -16,13 +16,14 @@ from duet.train.update import rescore, update
 @dataclass(frozen=True)
 class Learned:
     metrics: dict[str, float]  # over all processes
+    skipped: dict[int, Tensor]  # samples of this process in skipped updates: their log-probs [T]
     seconds: float  # on this process
 
 
 def learn(run: Run, rollouts: Sequence[Rollout], advantages: Tensor, first: bool) -> Learned:
     """One rollout's updates; before the `first` one, what trains must be what sampled.
 
-    Raises UserError, on all processes, where it is not.
+    Raises UserError, on all processes, where it is not, and when weights are no longer finite.
     """
     start = time.perf_counter()
     trainer = run.config.old_logprobs_of == "trainer"
@@ -34,5 +35,6 @@ def learn(run: Run, rollouts: Sequence[Rollout], advantages: Tensor, first: bool
     if first:
         with together(run.accelerator):
             gate.check_gap(run.stage, rollouts, rescored, run.config.arithmetic.precision)
-    metrics = update(run, rollouts, advantages, rescored if needed else None)
-    return Learned(metrics, time.perf_counter() - start)
+    updated = update(run, rollouts, advantages, rescored if needed else None)
+    run.policy.require_finite()
+    return Learned(updated.metrics, updated.skipped, time.perf_counter() - start)

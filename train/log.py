@@ -1,58 +1,27 @@
 """Metrics to accelerate's trackers and always to a JSONL file; pictures now and then."""
 
-import importlib.util
 import json
 import math
-import netrc
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from PIL import Image
 
-from duet.configs.errors import UserError
-from duet.configs.schema import RunConfig
 from duet.inference.rollout import Rollout
 from duet.train.metrics import METRICS_FILE, read_metrics
-from duet.train.resume import Start
-
-_WANDB_HOST = "api.wandb.ai"
-
-
-def prepare_trackers(config: RunConfig) -> list[str]:
-    """Check that each tracker is installed; wandb without a login goes offline."""
-    for name in config.train.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"train.trackers has {name!r}, which is not installed: pip install 'duet[{name}]'"
-            )
-    if "wandb" in config.train.trackers and not _wandb_login():
-        os.environ.setdefault("WANDB_MODE", "offline")
-    return list(config.train.trackers)
-
-
-def _wandb_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(_WANDB_HOST) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+from duet.train.setup import Run
 
 
 class MetricsLog:
     """The main process writes; the others' calls do nothing."""
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: Path, start: Start, images_every: int
-    ) -> None:
-        """`images_every`: a grid of pictures is written every so many steps."""
-        self.accelerator = accelerator
-        self.folder = output_dir
-        self.images_every = images_every
-        self.path = output_dir / METRICS_FILE
+    def __init__(self, run: Run) -> None:
+        """Raises UserError for damaged metrics of the steps before."""
+        accelerator, start = run.accelerator, run.start
+        self.accelerator, self.folder = accelerator, Path(run.config.output_dir)
+        self.images_every = run.config.train.logging_images_steps
+        self.path = self.folder / METRICS_FILE
         self.history: list[dict] = []  # of the steps before, in a resumed run
         if accelerator.is_main_process:
             if start.checkpoint:

@@ -9,16 +9,31 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from duet.configs.errors import UserError
 from duet.train.advantages import NOT_APPLICABLE, weighted
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The steps that a run has logged, [] before the first; a line cut short is none."""
+    """The steps that a run has logged, [] before the first; a last line cut short is none.
+
+    Raises UserError for a line that is no step.
+    """
     path = run / METRICS_FILE
-    whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    return [_logged(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _logged(line: bytes, where: str) -> dict:
+    try:
+        step = json.loads(line)
+        int(step["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where} is no line of metrics ({line[:40]!r}): delete that line, then go on"
+        ) from error
+    return step
 
 
 class Totals:

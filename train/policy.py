@@ -1,7 +1,9 @@
 """What is trained: sampled from, compared with its reference, updated, saved."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,15 @@ from duet.train.schedule import make_schedule
 from duet.train.tuning import Tuning
 
 _STATE = "state"  # optimizer, scheduler and RNG, as accelerate writes them
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of the weights, made or skipped."""
+
+    grad_norm: Tensor  # scalar, before clipping
+    grad_rms: Tensor  # scalar, root mean square of the gradient's elements
+    made: bool  # False: a loss or the gradient was not finite, on any process
 
 
 class Policy:
@@ -48,6 +59,8 @@ class Policy:
         self.module, self.optimizer, self.scheduler = accelerator.prepare(
             module, optimizer, scheduler
         )
+        self.skipped_in_a_row = 0  # updates
+        self._losses: list[Tensor] = []  # of the micro-batches since the last update
         # `save_state` must not write, nor `load_state` read, the frozen base
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -75,23 +88,62 @@ class Policy:
         update is due."""
         return nullcontext() if last else self.accelerator.no_sync(self.module)
 
-    def step(self) -> Tensor | None:
+    def step(self, loss: Tensor) -> Update | None:
         """After a micro-batch's backward: on the last one of an update clip and step.
 
-        Call it inside `accelerator.accumulate(policy.module)`. Returns the gradient's norm
-        before clipping where a step was made.
+        `loss`: of the micro-batch.
+
+        Call it inside `accelerator.accumulate(policy.module)`. Where a loss or the gradient is
+        not finite on any process, the update is skipped on all, with all its micro-batches:
+        weights, moments and learning rate stay (as transformers does in fp16).
         """
-        accelerator, norm = self.accelerator, None
-        if accelerator.sync_gradients:
-            norm = accelerator.clip_grad_norm_(self.trained, self.optim.max_grad_norm)
-        self.optimizer.step()
-        if accelerator.sync_gradients:
+        accelerator = self.accelerator
+        self._losses.append(loss.detach().float())
+        if not accelerator.sync_gradients:
+            return None
+        norm = accelerator.clip_grad_norm_(self.trained, self.optim.max_grad_norm)
+        norm = torch.as_tensor(norm, device=loss.device)
+        made = self._sound(norm)
+        if not made:
+            self.optimizer.zero_grad()
+        if made or accelerator.scaler is not None:  # the scaler lowers its scale
+            self.optimizer.step()
+        if made:
             self.scheduler.step()
         self.optimizer.zero_grad()
-        return norm if norm is None else torch.as_tensor(norm)
+        return Update(norm, norm / math.sqrt(sum(p.numel() for p in self.trained)), made)
+
+    def _sound(self, norm: Tensor) -> bool:
+        """Whether the update is finite, the same on all processes; counts those that are not."""
+        accelerator, losses = self.accelerator, torch.stack(self._losses)
+        self._losses = []
+        broken = torch.stack([~losses.isfinite().all(), ~norm.isfinite()]).float()
+        loss, gradient = accelerator.reduce(broken, "sum").tolist()
+        scaler = accelerator.scaler
+        # an overflow in fp16 is how the scaler finds its scale, as long as it can lower it
+        searching = not loss and scaler is not None and scaler.get_scale() > 1
+        if not loss and not gradient:
+            self.skipped_in_a_row = 0
+        elif not searching:
+            self.skipped_in_a_row += 1
+        return not loss and not gradient
+
+    def require_finite(self) -> None:
+        """Raises UserError where a weight or a moment of the optimizer is not finite."""
+        states = (s for p in self.trained for s in self.optimizer.state[p].values())
+        values = [*self.trained, *(s for s in states if isinstance(s, Tensor))]
+        if not all(bool(v.isfinite().all()) for v in values):
+            raise UserError(
+                "the trained weights are no longer finite: begin again with a smaller "
+                f"optim.learning_rate than {self.optim.learning_rate:g}"
+            )
 
     def save(self, folder: Path) -> None:
-        """Collective: every process calls it, one writes."""
+        """Collective: every process calls it, one writes.
+
+        Raises UserError where a weight is not finite.
+        """
+        self.require_finite()
         self.accelerator.save_state(str(folder / _STATE))
         if self.accelerator.is_main_process:
             self.tuning.write(self.inner, folder)

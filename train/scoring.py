@@ -93,10 +93,11 @@ def sample_and_score(
             rollouts += made
             jobs.append(pool.submit(_timed, scorer, [groups[i] for i in batch], made))
         sampled = time.perf_counter()
-        bar = tqdm(jobs, desc="scoring", leave=False, disable=not show)
-        parts = [job.result() for job in bar]
-    finally:
-        pool.shutdown(cancel_futures=True)
+        # closed before what it ends with is told
+        with tqdm(jobs, desc="scoring", leave=False, disable=not show) as bar:
+            parts = [job.result() for job in bar]
+    finally:  # what ends a run does not wait for the reward that is being computed
+        pool.shutdown(wait=False, cancel_futures=True)
     return Sampled(
         rollouts,
         _joined([part.scores for part in parts]),

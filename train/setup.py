@@ -1,8 +1,9 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
+import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +20,17 @@ from duet.inference.model import load_pipeline, pick_device
 from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
+from duet.train.environment import require_own_settings
 from duet.train.geometry import Geometry, geometry
-from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
 from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
 from duet.train.scoring import Scorer
+from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
 from duet.train.together import from_main
+from duet.train.trackers import prepare_trackers, tracker_arguments
 from duet.train.tuning import Lora
 
 
@@ -44,11 +47,12 @@ class Run:
     weights: torch.Tensor  # [R], of the trained rewards
     rows: Sequence[Row]
     start: Start
+    signals: Signals = field(default_factory=Signals)
 
     @property
     def shows(self) -> bool:
-        """Progress bars come from one process a machine."""
-        return self.accelerator.is_local_main_process
+        """Progress bars come from one process a machine, and go to a terminal alone."""
+        return self.accelerator.is_local_main_process and sys.stderr.isatty()
 
 
 def prepare(config: RunConfig) -> Run:
@@ -87,14 +91,17 @@ def prepare(config: RunConfig) -> Run:
     if start.checkpoint:
         policy.load(start.checkpoint)
     if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("duet")
+        accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     weights = torch.tensor([r.weight for r in config.rewards])
     return Run(config, accelerator, divided, stage, policy, scorer, weights, rows, start)
 
 
+# torch's new name for it means something else, and accelerate passes on the old one alone
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+
+
 def _accelerator(config: RunConfig) -> Accelerator:
+    require_own_settings(config)
     on_cpu = pick_device(config.model.device).type == "cpu"
     if on_cpu and config.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU: on a CPU take 'bf16' or 'no'")

@@ -16,13 +16,16 @@ T = TypeVar("T")
 
 @contextmanager
 def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
-    """A UserError of one process is raised on all: none waits for it until a time-out."""
+    """What ends one process, of whatever kind, ends all: none waits for it until a time-out.
+
+    The others raise a UserError that tells of it. Inside, nothing may wait for other processes.
+    """
     mine = None
     try:
         yield
-    except UserError as error:
+    except BaseException as error:  # a signal and `sys.exit` too; raised again below
         mine = error
-    told = gather_object([None if mine is None else str(mine)])
+    told = gather_object([None if mine is None else str(mine) or type(mine).__name__])
     if mine is not None:
         raise mine
     for rank, text in enumerate(told):
@@ -31,7 +34,7 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
 
 
 def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What the main process's `work` returns, on all; its UserError too."""
+    """What the main process's `work` returns, on all; what ends it ends all."""
     with together(accelerator):
         made = work() if accelerator.is_main_process else None
     return broadcast_object_list([made])[0]

@@ -45,8 +45,14 @@ def rescore(
 ) -> Tensor:
     """Log-probs [B, T] by the training forward, at the update's own micro-batches."""
     batches = micro_batches(rollouts, batch_size)
-    bar = tqdm(batches, desc="old log-probs", leave=False, disable=not show)
-    return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
+    with tqdm(batches, desc="old log-probs", leave=False, disable=not show) as bar:
+        return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
+
+
+@dataclass(frozen=True)
+class Updated:
+    metrics: dict[str, float]  # over all processes
+    skipped: dict[int, Tensor]  # samples of this process whose update was: their log-probs [T]
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Old:
 
 def update(
     run: Run, rollouts: Sequence[Rollout], advantages: Tensor, rescored: Tensor | None
-) -> dict[str, float]:
+) -> Updated:
     """`num_iterations` passes over the rollout in micro-batches; metrics over all processes.
 
     `rescored`: what `rescore` gave, where the ratio starts from the trainer's log-probs and a
@@ -87,38 +93,63 @@ def update(
     batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
     total = torch.tensor(float(sampled.numel()), device=device)
     counts = Counts(sampled.shape[1], float(accelerator.reduce(total, "mean")) / len(batches))
-    totals, begun = Totals(), []
+    totals, begun, pending, skipped, skips = Totals(), [], {}, {}, 0
     schedule = [(p, b) for p in range(grpo.num_iterations) for b in batches]
     for passed, batch in tqdm(schedule, desc="update", leave=False, disable=not run.shows):
-        losses = []
-        # dropout must stay on until backward has computed again what it needs
-        with accelerator.accumulate(policy.module), policy.training() as module:
-            pieces = run.stage.pieces(batch.rollouts)
-            for piece in pieces:
-                with policy.synchronising(piece is pieces[-1]):
-                    scored = run.stage.score(piece.rollouts, module)
-                    old, weight = before.under(scored, batch.index, piece.actions)
-                    kl = _kl(run, piece, scored) if grpo.beta > 0 else None
-                    gains = advantages[batch.index]
-                    actions = Actions(scored.logprobs, old, gains, kl, weight)
-                    result = policy_loss(actions, grpo, counts)
-                    accelerator.backward(result.loss)
-                totals.add(result.metrics)
-                losses.append(result.loss.detach())
-                if scored.entropy is not None:
-                    totals.add({"entropy": scored.entropy.mean()})
-                if trainer and passed == 0:
-                    own = sampled[batch.index][:, piece.actions]
-                    begun.append(torch.stack([old, own]).flatten(1))
-            norm = policy.step()
-        totals.add({"loss": torch.stack(losses).sum()})
-        if norm is not None:
-            totals.add({"grad_norm": norm})
-    metrics = totals.reduce(accelerator)
+        with accelerator.accumulate(policy.module):
+            done = _backward(run, batch, before, advantages[batch.index], counts, totals)
+            made = policy.step(done.loss)
+        if trainer and passed == 0:
+            begun.append(torch.stack([done.old, sampled[batch.index]]).flatten(1))
+        pending |= zip(batch.index, done.logprobs, strict=True)
+        if made is not None:
+            totals.add({"grad_norm": made.grad_norm, "grad_rms": made.grad_rms})
+            if not made.made:
+                skipped |= pending
+                skips += 1
+            pending = {}
+    metrics = totals.reduce(accelerator) | {"updates/skipped": float(skips)}
     if trainer:
         pairs = accelerator.gather(torch.cat(begun, 1).T)  # [actions, 2]
         metrics |= Gap.of(*pairs.unbind(1)).metrics()
-    return metrics | {"learning_rate": policy.scheduler.get_last_lr()[0]}
+    metrics |= {"learning_rate": policy.scheduler.get_last_lr()[0]}
+    return Updated(metrics, skipped)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A micro-batch whose gradients are added up."""
+
+    loss: Tensor  # scalar
+    logprobs: Tensor  # [B, T], by the weights of the moment
+    old: Tensor  # [B, T], what the ratio starts from
+
+
+def _backward(
+    run: Run, batch: MicroBatch, before: Old, advantages: Tensor, counts: Counts, totals: Totals
+) -> Backward:
+    """Piece by piece; what it tells is added to `totals`. Within `accelerator.accumulate`."""
+    grpo, policy, losses, logprobs, olds = run.config.grpo, run.policy, [], [], []
+    # dropout must stay on until backward has computed again what it needs
+    with policy.training() as module:
+        pieces = run.stage.pieces(batch.rollouts)
+        for piece in pieces:
+            with policy.synchronising(piece is pieces[-1]):
+                scored = run.stage.score(piece.rollouts, module)
+                old, weight = before.under(scored, batch.index, piece.actions)
+                kl = _kl(run, piece, scored) if grpo.beta > 0 else None
+                actions = Actions(scored.logprobs, old, advantages, kl, weight)
+                result = policy_loss(actions, grpo, counts)
+                run.accelerator.backward(result.loss)
+            totals.add(result.metrics)
+            if scored.entropy is not None:
+                totals.add({"entropy": scored.entropy.mean()})
+            losses.append(result.loss.detach())
+            logprobs.append(scored.logprobs.detach())
+            olds.append(old)
+    made = Backward(torch.stack(losses).sum(), torch.cat(logprobs, 1), torch.cat(olds, 1))
+    totals.add({"loss": made.loss})
+    return made
 
 
 def _kl(run: Run, piece: Piece, scored: Scored) -> Tensor:
