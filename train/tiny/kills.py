@@ -51,7 +51,7 @@ SMALL = (
 PHASES = {
     "rollout": (Engine, "decode", 4),  # the gate has one
     "scoring": (Scorer, "__call__", 3),
-    "update": (Policy, "update", 6),
+    "update": (Policy, "step", 6),
     "saving": (Policy, "save", 1),
 }
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGKILL")
