@@ -7,6 +7,7 @@ Upper ends are far beyond honest use: they catch a slip of the hand. Imports no 
 from dataclasses import dataclass
 from typing import Literal
 
+from duet.configs.errors import UserError
 from duet.configs.reward_schema import RewardConfig, require_names_once
 from duet.configs.setting import Section, require, setting
 
@@ -262,13 +263,32 @@ class WatchConfig(Section):
 
 
 @dataclass(frozen=True)
+class TurnConfig(Section):
+    """What it leaves out it has from the run's own sections, key by key."""
+
+    title = "stages[]"
+
+    part: Literal["ar", "decoder"] = setting("the part that is trained, once in the list")
+    steps: int = setting("rollouts before the next turn", least=1, most=_MANY)
+    rewards: tuple[RewardConfig, ...] = setting("what is trained on", ())
+    sde: SdeConfig = setting("the decoder's noise", SdeConfig())
+    grpo: GrpoConfig = setting("the objective", GrpoConfig())
+    lora: LoraConfig = setting("the trained weights", LoraConfig())
+    optim: OptimConfig = setting("the updates", OptimConfig())
+    watch: WatchConfig = setting("against reward hacking", WatchConfig())
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     title = ""
 
-    stage: Literal["ar", "decoder"] = setting("the part that is trained")
+    stage: Literal["ar", "decoder"] | None = setting("the part that is trained", None)
+    stages: tuple[TurnConfig, ...] = setting(
+        "instead of stage: turns, walked in order again and again until train.max_steps", ()
+    )
     model: ModelConfig = setting("what is trained")
     data: DataConfig = setting("prompts")
-    rewards: tuple[RewardConfig, ...] = setting("what is trained on")
+    rewards: tuple[RewardConfig, ...] = setting("what is trained on", ())
     output_dir: str = setting("folder of the run")
     seed: int = setting("of prompts, noise and tokens", 0, least=0, most=2**32 - 1)
     sampling: SamplingConfig = setting("how pictures are sampled", SamplingConfig())
@@ -294,7 +314,11 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.rewards) > 0, "rewards", [], "at least one reward")
+        if (self.stage is None) == (not self.stages):
+            raise UserError("give either stage (ar or decoder) or stages (a list of turns)")
+        parts = [turn.part for turn in self.stages]
+        require(len(set(parts)) == len(parts), "stages", parts, "every part once")
+        require(bool(self.stages or self.rewards), "rewards", [], "at least one reward")
         require_names_once("rewards", self.rewards, "every name once: give a label")
         require_names_once(
             "rewards and eval.rewards",

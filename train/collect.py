@@ -9,8 +9,8 @@ from torch import Tensor
 
 from duet.inference.rollout import Rollout
 from duet.train.prompts import draw_groups, shard
+from duet.train.run import Run
 from duet.train.scoring import Sampled, Scores, sample_and_score
-from duet.train.setup import Run
 from duet.train.together import gather_rows, together
 
 

@@ -23,8 +23,8 @@ class Geometry:
         return self.rollouts * self.updates_per_rollout
 
 
-def geometry(config: RunConfig, processes: int) -> Geometry:
-    """Raises UserError for what does not divide."""
+def geometry(config: RunConfig, processes: int, rollouts: int) -> Geometry:
+    """`rollouts`: of the whole run, by this config. Raises UserError for what does not divide."""
     groups = config.rollout.prompts_per_step
     if groups % processes:
         raise UserError(
@@ -40,4 +40,4 @@ def geometry(config: RunConfig, processes: int) -> Geometry:
             f"per_device_train_batch_size * gradient_accumulation_steps = {share}: "
             f"give a divisor of {samples}"
         )
-    return Geometry(samples, share, config.grpo.num_iterations, config.train.max_steps)
+    return Geometry(samples, share, config.grpo.num_iterations, rollouts)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +13,17 @@ from duet.configs.digests import Damaged
 from duet.configs.errors import UserError, require_folder, tell
 from duet.configs.row import PICTURES, Row
 from duet.configs.schema import RunConfig
+from duet.configs.turns import turns
 from duet.inference.adapter_files import read_adapter
 from duet.inference.fingerprint import fingerprint
 from duet.inference.model import COMPONENTS, model_folder
-from duet.train.checkpoint import Inputs, Position, checkpoints, read_position
+from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
 from duet.train.metrics import read_metrics
 
 # what the optimizer, the schedule, the order of the prompts and the actions were made for
 _KEPT = (
+    "part",
+    "steps",
     "seed",
     "sampling",
     "sde",
@@ -127,10 +131,10 @@ def _newest(held: Sequence[Path]) -> tuple[Path, Position]:
 def _require_agreement(
     path: Path, position: Position, config: RunConfig, processes: int, inputs: Inputs
 ) -> None:
-    checkpoint = f"checkpoint {str(path)!r}"
-    if position.stage != config.stage:
+    checkpoint, parts = f"checkpoint {str(path)!r}", turns(config)
+    if position.stage != "+".join(parts):
         raise UserError(
-            f"{checkpoint} is of stage {position.stage!r}, the config of {config.stage!r}"
+            f"{checkpoint} is of stage {position.stage!r}, the config of {'+'.join(parts)!r}"
         )
     if position.num_processes != processes:  # the schedule counts updates, each has its RNG
         raise UserError(
@@ -153,26 +157,36 @@ def _require_agreement(
             f"data.train = {config.data.train!r} has other rows than {checkpoint} was trained "
             "with: give those to go on, or begin a new run in another output_dir"
         )
-    adapter = read_adapter(path).info
-    shape = adapter.stage, adapter.lora.rank, adapter.lora.alpha
-    if shape != (config.stage, config.lora.rank, config.lora.alpha):
-        raise UserError(
-            f"{checkpoint} holds an adapter of stage, rank and alpha {shape}, not of its config"
-        )
+    for part, own in parts.items():
+        adapter = read_adapter(part_folder(path, part, parts)).info
+        shape = adapter.stage, adapter.lora.rank, adapter.lora.alpha
+        if shape != (part, own.lora.rank, own.lora.alpha):
+            raise UserError(
+                f"{checkpoint} holds an adapter of stage, rank and alpha {shape}, not of its config"
+            )
 
 
 def _changes(
     position: Position, config: RunConfig, names: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, then, now) of those below `names` that differ."""
-    saved = _flat(position.config)
-    for name, now in _flat(json.loads(json.dumps(asdict(config)))).items():
-        meant = any(name == n or name.startswith(f"{n}.") for n in names)
+    """(setting, then, now) of those below `names` that differ; of each turn too."""
+    saved, told = (_flat(c) for c in (position.config, json.loads(json.dumps(asdict(config)))))
+    for name, now in told.items():
+        plain = _TURN.sub("", name)
+        meant = any(plain == n or plain.startswith(f"{n}.") for n in names)
         if meant and saved.get(name, now) != now:
             yield name, saved[name], now
 
 
-def _flat(tree: dict) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
-    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
-    return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
+_TURN = re.compile(r"stages\[\d+\]\.")
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; of lists the turns alone are gone into."""
+    if isinstance(tree, dict) and (name == "" or "." not in _TURN.sub("", name)):
+        parts = {f"{name}.{key}".lstrip("."): value for key, value in tree.items()}
+    elif isinstance(tree, list) and name == "stages":
+        parts = {f"{name}[{i}]": value for i, value in enumerate(tree)}
+    else:
+        return {name: tree}
+    return {k: v for key, value in parts.items() for k, v in _flat(value, key).items()}

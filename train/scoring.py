@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from duet.configs.schema import RewardConfig, RunConfig
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
+from duet.rewards.registry import load_rewards
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.prompts import Group
 
@@ -55,6 +57,24 @@ class Scorer:
             return {n: _column(score(r, n, inputs, sizes)) for n, r in rewards.items()}
 
         return Scores(columns(self.trained), columns(self.watched))
+
+
+def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
+    """A turn's rewards, by its part; what two ask for alike is loaded once."""
+    known: list[tuple[RewardConfig, Reward]] = []
+
+    def find(asked: RewardConfig) -> Reward:
+        alike = replace(asked, weight=1.0)  # the weight is the advantages'
+        for config, reward in known:
+            if config == alike:
+                return reward
+        known.append((alike, load_rewards([asked])[asked.metric_name]))
+        return known[-1][1]
+
+    def named(asked: Sequence[RewardConfig]) -> dict[str, Reward]:
+        return {reward.metric_name: find(reward) for reward in asked}
+
+    return {p: Scorer(named(c.rewards), named(c.watch.rewards)) for p, c in configs.items()}
 
 
 def _column(answers: Sequence[Answer]) -> Tensor:
