@@ -168,8 +168,9 @@ def test_a_log_has_plain_lines(resumed):
     lines = [line.split(" ", 2)[2] for line in log.splitlines()]
     assert lines[0].startswith("transformer of configs/tiny/model: ")
     assert "parameters train, in 36 layers; cpu, float32" in lines[0]
-    assert [line.partition(":")[0] for line in lines if line.startswith("step")] == [
-        "step 1/2", "step 2/2", "step 2/2"
+    assert lines[1] == "step 1 to 2 from fresh weights"
+    assert [line.partition(":")[0] for line in lines if "decoder reward" in line][:3] == [
+        "step 1/2", "step 2/2", "decoder reward 0"
     ]  # fmt: skip
     assert any(line.startswith("a step takes") and "1 more end about 20" in line for line in lines)
     assert lines[-2].startswith("reward 0.0") and "->" in lines[-2]

@@ -297,7 +297,7 @@ def test_every_rollouts_second_update_is_off_ratio_one(small_run, stage, precisi
 
 def test_a_run_takes_the_configs_arithmetic(small_run):
     AcceleratorState._reset_state(True)
-    run = prepare(small_run("decoder", *SHIPPED))
+    run = prepare(small_run("decoder", *SHIPPED)).at(0)
     assert run.stage.engine.autocast == torch.bfloat16
     assert run.accelerator.mixed_precision == "bf16"
     assert run.stage.engine.pipeline.transformer.dtype == torch.bfloat16
