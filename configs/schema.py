@@ -88,6 +88,22 @@ class RolloutConfig(Section):
     batch_size: int = setting(
         "samples the engine runs at once, on one process", 16, least=1, most=_MANY
     )
+    priors: Literal["auto", "sampled", "reference"] = setting(
+        "decoder: prior tokens are sampled by the AR, or encoded from the row's image; auto: "
+        "encoded where the row has one",
+        "auto",
+    )
+    prior_cache: str | None = setting(
+        "decoder: the folder that `duet priors` has filled; the AR's weights are not read then. "
+        "null: priors are made anew in each rollout",
+        None,
+    )
+    priors_per_prompt: int = setting(
+        "sampled priors in the cache; epoch by epoch a prompt has its next one",
+        4,
+        least=1,
+        most=10_000,
+    )
 
 
 @dataclass(frozen=True)

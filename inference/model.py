@@ -1,9 +1,13 @@
 """Loading the parts of a GLM-Image checkpoint."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
+from torch.nn import Module
+from transformers import GlmImageConfig
 
 from duet.configs.errors import UserError, first_line
 from duet.configs.hub import is_hub_id
@@ -50,18 +54,35 @@ def base_fingerprint(path: str, component: str) -> str:
     return fingerprint(model_folder(path) / component)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What stands for the AR where its weights are not needed."""
+
+    config: GlmImageConfig
+
+
 def load_pipeline(
-    path: str, dtype: str = "float32", device: str = "auto", offload: str = "none"
+    path: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    offload: str = "none",
+    unread: Iterable[str] = (),
 ) -> GlmImagePipeline:
     """The seven parts of a local folder or a hub id, frozen, in eval mode.
 
-    With `offload` phase on the CPU, where they wait for their phase.
+    With `offload` phase on the CPU, where they wait for their phase. `unread` components
+    are left out, with their weights; of the AR the config stays.
 
     Raises UserError when there is no such model.
     """
-    folder = model_folder(path)
+    folder, without = model_folder(path), dict.fromkeys(unread)
     try:
-        pipeline = GlmImagePipeline.from_pretrained(str(folder), dtype=getattr(torch, dtype))
+        pipeline = GlmImagePipeline.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), **without
+        )
+        if "vision_language_encoder" in without:
+            config = GlmImageConfig.from_pretrained(folder / "vision_language_encoder")
+            pipeline.vision_language_encoder = Unread(config)
     except OSError as error:
         raise UserError(f"model.path = {path!r}: cannot be loaded: {first_line(error)}") from error
     return freeze(pipeline).to(pick_device("cpu" if offload == "phase" else device))
@@ -69,10 +90,16 @@ def load_pipeline(
 
 def freeze(pipeline: GlmImagePipeline) -> GlmImagePipeline:
     """No part requires gradients; all are in eval mode."""
-    for name in COMPONENTS:
-        getattr(pipeline, name).requires_grad_(False).eval()
+    for part in components(pipeline).values():
+        part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def components(pipeline: GlmImagePipeline) -> dict[str, Module]:
+    """Those with weights, without what was not read."""
+    parts = {name: getattr(pipeline, name) for name in COMPONENTS}
+    return {name: part for name, part in parts.items() if isinstance(part, Module)}
 
 
 def generation_defaults(pipeline: GlmImagePipeline) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`duet train | generate | evaluate | rewards | settings`: the modules' commands, shorter."""
+"""`duet COMMAND`: the modules' commands, shorter."""
 
 import importlib
 import sys
@@ -11,6 +11,7 @@ _COMMANDS = {
         "duet.train.__main__",
         "GRPO on one module (several processes: accelerate launch -m duet.train)",
     ),
+    "priors": ("duet.train.priors", "a decoder's prior tokens, made once for its runs"),
     "generate": ("duet.inference.generate", "pictures from prompts"),
     "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
     "rewards": ("duet.launch.rewards", "list rewards, score pictures, serve other processes"),

@@ -43,7 +43,7 @@ def collect(run: Run, step: int) -> Collected:
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     start = time.perf_counter()
     with together(accelerator), run.policy.sampling():
-        requests = stage.requests(mine)  # the decoder's priors are sampled here
+        requests = stage.requests(mine)  # the decoder's priors are made or read here
         before = time.perf_counter() - start
 
         def sample(batch: Sequence[int]) -> list[Rollout]:

@@ -16,12 +16,16 @@ from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
+from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
 from duet.train.policy import Policy
+from duet.train.prior_cache import PriorCache, check_cache
+from duet.train.prior_stamp import make_stamp
+from duet.train.prior_tokens import require_references
 from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
@@ -66,11 +70,19 @@ def prepare(config: RunConfig) -> Run:
         tqdm.write(f"duet: {untold}")
     divided = geometry(config, accelerator.num_processes)
     processes = accelerator.num_processes
+    require_references(config, rows)
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    cached = PriorCache.of(config) is not None
+    if cached:
+        ar = start.inputs.model[AR.component]
+        from_main(accelerator, lambda: check_cache(config, make_stamp(config, rows, ar), rows))
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     model = config.model
-    pipeline = load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload)
+    unread = [AR.component] if cached else []
+    pipeline = load_pipeline(
+        model.path, model.dtype, str(accelerator.device), model.offload, unread
+    )
     engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
     stage = STAGES[config.stage](engine, config)
     for each in (rows, held_out):
