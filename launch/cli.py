@@ -11,9 +11,9 @@ _COMMANDS = {
         "duet.train.__main__",
         "GRPO on one module (several processes: accelerate launch -m duet.train)",
     ),
-    "priors": ("duet.train.priors", "a decoder's prior tokens, made once for its runs"),
     "generate": ("duet.inference.generate", "pictures from prompts"),
     "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
+    "priors": ("duet.train.priors", "a decoder's prior tokens, made once for its runs"),
     "rewards": ("duet.launch.rewards", "list rewards, score pictures, serve other processes"),
     "settings": ("duet.launch.settings", "every setting: type, range, default, meaning"),
 }
