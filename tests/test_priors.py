@@ -1,7 +1,10 @@
 """Prior tokens of the decoder's groups: where they come from, and the cache on the disk."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.row import Row
 from duet.configs.rows import load_rows
+from duet.configs.schema import RunConfig
 from duet.inference.engine import Engine
 from duet.inference.model import Unread, load_pipeline
 from duet.train import prior_making, priors, setup
@@ -54,13 +58,19 @@ def made(tmp_path_factory):
     return folder
 
 
-def config_of(folder: Path, *overrides: str):
-    named = [
+def named(folder: Path, *overrides: str) -> list[str]:
+    """Overrides that make the tiny decoder's config a small run in that folder."""
+    return [
+        *SMALL,
         f"data.train={folder}/rows.jsonl",
         f"output_dir={folder}/run",
         f"rollout.prior_cache={folder}/cache",
+        *overrides,
     ]
-    return load_config(TINY / "decoder.yaml", [*SMALL, *named, *overrides])
+
+
+def config_of(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(TINY / "decoder.yaml", named(folder, *overrides))
 
 
 @pytest.fixture
@@ -331,13 +341,7 @@ def test_a_damaged_part_of_an_interrupted_making_is_made_again(made, tmp_path, c
 
 def test_a_cache_that_stands_is_left_as_it_is(copied, unread, capsys):
     before = contents(copied / "cache" / "priors")
-    priors.main(
-        [
-            str(TINY / "decoder.yaml"),
-            *SMALL,
-            *(f"data.train={copied}/rows.jsonl", f"rollout.prior_cache={copied}/cache"),
-        ]
-    )
+    priors.main([str(TINY / "decoder.yaml"), *named(copied)])
     out = capsys.readouterr()
     assert "there already" in out.err and out.out.split() == [
         "prior",
@@ -365,3 +369,19 @@ def test_a_row_without_the_reference_that_is_asked_for_is_told(made, unread):
     for work in (train, prior_making.fill_cache):
         line = told(work, config_of(made, "rollout.priors=reference"))
         assert line.startswith(f"{made}/rows.jsonl:2 has no image to encode")
+
+
+def test_two_processes_share_the_making(made, tmp_path):
+    """And make the very files of one."""
+    for name in ("rows.jsonl", "reference.png"):
+        shutil.copy(made / name, tmp_path)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "duet.train.priors", str(TINY / "decoder.yaml"), *named(tmp_path),
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "cache/priors") == contents(made / "cache/priors")
