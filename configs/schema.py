@@ -21,7 +21,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
     offload: Literal["none", "phase"] = setting(
-        "phase: parts that a phase does not need wait on the CPU", "none"
+        "phase: parts and reward models that a phase does not need wait on the CPU", "none"
     )
 
 

@@ -18,7 +18,7 @@ from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
 from duet.inference.engine import Engine
 from duet.inference.model import Unread, load_pipeline
-from duet.train import prior_making, priors, setup
+from duet.train import prior_making, priors, scoring, setup
 from duet.train.prior_cache import ROWS, PriorCache
 from duet.train.prior_stamp import differences, make_stamp
 from duet.train.prior_tokens import make_priors
@@ -88,7 +88,7 @@ def unread(monkeypatch):
 
     for module, name in (
         (setup, "load_pipeline"),
-        (setup, "load_rewards"),
+        (scoring, "load_rewards"),
         (prior_making, "load_pipeline"),
     ):
         monkeypatch.setattr(module, name, refuse)

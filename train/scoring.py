@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from duet.configs.schema import RunConfig
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
+from duet.rewards.registry import load_rewards
+from duet.rewards.resting import Resting
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.prompts import Group
 
@@ -41,6 +44,14 @@ class Scorer:
 
     trained: Mapping[str, Reward]
     watched: Mapping[str, Reward]
+    resting: Resting = Resting()
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Scorer":
+        """With the rewards' weights. Raises UserError, with a reward's name."""
+        trained, watched = load_rewards(config.rewards), load_rewards(config.watch.rewards)
+        all_rewards = [*trained.items(), *watched.items()]
+        return cls(trained, watched, Resting(all_rewards, config.model.offload))
 
     def __call__(self, groups: Sequence[Group], rollouts: Sequence[Rollout]) -> Scores:
         """Every reward on every sample. Raises UserError when a reward's answer is none."""

@@ -18,7 +18,6 @@ from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
 from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
-from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
@@ -76,7 +75,7 @@ def prepare(config: RunConfig) -> Run:
     if cached:
         ar = start.inputs.model[AR.component]
         from_main(accelerator, lambda: check_cache(config, make_stamp(config, rows, ar), rows))
-    scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
+    scorer = Scorer.of(config)
     set_seed(config.seed)
     model = config.model
     unread = [AR.component] if cached else []
