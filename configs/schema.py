@@ -22,7 +22,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
     offload: Literal["none", "phase"] = setting(
-        "phase: parts that a phase does not need wait on the CPU", "none"
+        "phase: parts and reward models that a phase does not need wait on the CPU", "none"
     )
 
 
@@ -88,6 +88,22 @@ class RolloutConfig(Section):
     )
     batch_size: int = setting(
         "samples the engine runs at once, on one process", 16, least=1, most=_MANY
+    )
+    priors: Literal["auto", "sampled", "reference"] = setting(
+        "decoder: prior tokens are sampled by the AR, or encoded from the row's image; auto: "
+        "encoded where the row has one",
+        "auto",
+    )
+    prior_cache: str | None = setting(
+        "decoder: the folder that `duet priors` has filled; the AR's weights are not read then. "
+        "null: priors are made anew in each rollout",
+        None,
+    )
+    priors_per_prompt: int = setting(
+        "sampled priors in the cache; epoch by epoch a prompt has its next one",
+        4,
+        least=1,
+        most=10_000,
     )
 
 
@@ -319,6 +335,10 @@ class RunConfig(Section):
         parts = [turn.part for turn in self.stages]
         require(len(set(parts)) == len(parts), "stages", parts, "every part once")
         require(bool(self.stages or self.rewards), "rewards", [], "at least one reward")
+        cache = self.rollout.prior_cache
+        require(
+            "ar" not in parts or cache is None, "rollout.prior_cache", cache, "null with stages"
+        )
         require_names_once("rewards", self.rewards, "every name once: give a label")
         require_names_once(
             "rewards and eval.rewards",

@@ -6,6 +6,7 @@ arithmetic: a policy is its weights and the precision that they are run in.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from diffusers import GlmImagePipeline
@@ -63,8 +64,6 @@ class Engine:
         self.batch_size = batch_size
         self.autocast = autocast
         self.progress = progress
-        self.placement.bring("text_encoder", "transformer", "vae")
-        self.null_glyphs = self._glyphs("")
 
     @classmethod
     def of(cls, pipeline: GlmImagePipeline, config: RunConfig, progress: bool = True) -> "Engine":
@@ -194,6 +193,11 @@ class Engine:
         glyphs = self._glyphs(request.prompt).expand(len(prior), -1, -1)
         upsampled = upsample_prior(prior, request.size.grid)
         return Conditions(glyphs, upsampled, self.null_glyphs, request.size)
+
+    @cached_property
+    def null_glyphs(self) -> Tensor:
+        """[1, L0, D], what guidance contrasts a prompt's with."""
+        return self._glyphs("")
 
     def _glyphs(self, prompt: str) -> Tensor:
         with self.arithmetic():

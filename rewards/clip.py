@@ -97,8 +97,15 @@ class ClipReward:
     def __init__(self, **clip: Any) -> None:
         self.clip = Clip(**clip)
 
+    @property
+    def device(self) -> torch.device:
+        return self.clip.device
+
     def load(self) -> None:
-        _ = self.clip.tower
+        self.to(self.device)
+
+    def to(self, device: torch.device | str) -> None:
+        self.clip.tower.model.to(device)
 
 
 @cache

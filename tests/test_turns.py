@@ -166,7 +166,10 @@ def test_resume_is_exact_in_a_turn_and_across_its_border(run, tmp_path, step):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("steps: 2", "steps: 3"), r"stages\[1\].steps = 3, but checkpoint .* trained with 2"),
+        (
+            ("decoder, steps: 2", "decoder, steps: 3"),
+            r"stages\[1\].steps = 3, but checkpoint .* trained with 2",
+        ),
         (("rank: 2", "rank: 3"), r"stages\[1\].lora.rank = 3"),
         (("window_size: 1", "window_size: 2"), r"stages\[1\].sde.window_size = 2"),
     ],

@@ -22,6 +22,7 @@ from duet.inference.prompt_check import check_prompts
 from duet.inference.request import Request
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
+from duet.rewards.resting import Resting
 from duet.train.prompts import derive_seed
 
 _SEED = 2**31  # far from any training seed; the same for every model
@@ -69,10 +70,13 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     for checkpoints in models:  # what is wrong is told before hours of sampling
         _check_checkpoints(config, checkpoints)
     rewards = load_rewards((*config.rewards, *config.eval.rewards))
+    resting = Resting(rewards.items(), config.model.offload)
+    resting.rest()
     results: list[ModelResult] = []
     for name, checkpoints in zip(["base", *model_names], [(), *models], strict=True):
         images = _generate(config, checkpoints, rows)
-        scores = _score(rewards, rows, images)
+        with resting.awake():
+            scores = _score(rewards, rows, images)
         base = results[0].scores if results else None
         metrics = {k: summarise(v, base and base[k], config.eval) for k, v in scores.items()}
         paths = _write_pictures(images, output, name)

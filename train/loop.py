@@ -22,7 +22,7 @@ from duet.train.step_metrics import step_metrics
 from duet.train.watch import Watch
 
 
-@alone
+@alone("output_dir")
 def train(config: RunConfig) -> Path:
     """Run the config to its last step; returns the newest checkpoint.
 

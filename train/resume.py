@@ -31,12 +31,19 @@ _KEPT = (
     "optim",
     "rollout.prompts_per_step",
     "rollout.num_generations",
+    "rollout.priors",
     "grpo.num_iterations",
     "model.dtype",
     "train.mixed_precision",
 )
 # what may be changed on purpose, and is told
-_TOLD = ("rewards", "grpo", "train.max_steps")
+_TOLD = (
+    "rewards",
+    "grpo",
+    "train.max_steps",
+    "rollout.prior_cache",
+    "rollout.priors_per_prompt",
+)
 
 
 @dataclass(frozen=True)

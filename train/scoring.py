@@ -15,6 +15,7 @@ from duet.inference.rollout import Rollout
 from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
+from duet.rewards.resting import Resting
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.prompts import Group
 
@@ -43,6 +44,7 @@ class Scorer:
 
     trained: Mapping[str, Reward]
     watched: Mapping[str, Reward]
+    resting: Resting = Resting()
 
     def __call__(self, groups: Sequence[Group], rollouts: Sequence[Rollout]) -> Scores:
         """Every reward on every sample. Raises UserError when a reward's answer is none."""
@@ -60,7 +62,10 @@ class Scorer:
 
 
 def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
-    """A turn's rewards, by its part; what two ask for alike is loaded once."""
+    """A turn's rewards with their weights, by its part; what two ask for alike is loaded once.
+
+    Raises UserError, with a reward's name.
+    """
     known: list[tuple[RewardConfig, Reward]] = []
 
     def find(asked: RewardConfig) -> Reward:
@@ -74,7 +79,14 @@ def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
     def named(asked: Sequence[RewardConfig]) -> dict[str, Reward]:
         return {reward.metric_name: find(reward) for reward in asked}
 
-    return {p: Scorer(named(c.rewards), named(c.watch.rewards)) for p, c in configs.items()}
+    made = {}
+    for part, config in configs.items():
+        trained, watched = named(config.rewards), named(config.watch.rewards)
+        resting = Resting([*trained.items(), *watched.items()], config.model.offload)
+        made[part] = Scorer(trained, watched, resting)
+    for scorer in made.values():  # now that each turn knows where its rewards are at home
+        scorer.resting.rest()
+    return made
 
 
 def _column(answers: Sequence[Answer]) -> Tensor:

@@ -17,12 +17,16 @@ from duet.configs.turns import rollouts_of, trained_rewards, turns
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
+from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.environment import require_own_settings
 from duet.train.geometry import geometry
 from duet.train.policy import Policy
+from duet.train.prior_cache import PriorCache, check_cache
+from duet.train.prior_stamp import make_stamp
+from duet.train.prior_tokens import require_references
 from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
@@ -51,10 +55,16 @@ def prepare(config: RunConfig) -> Training:
     divided = {
         name: geometry(part, processes, rollouts_of(config, name)) for name, part in parts.items()
     }
+    for part in parts.values():
+        require_references(part, rows)
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    cached = [part for part in parts.values() if PriorCache.of(part) is not None]
+    for part in cached:
+        ar = start.inputs.model[AR.component]
+        from_main(accelerator, lambda: check_cache(part, make_stamp(part, rows, ar), rows))  # noqa: B023
     scorers = load_scorers(parts)
     set_seed(config.seed)
-    pipeline = _pipeline(config, accelerator)
+    pipeline = _pipeline(config, accelerator, [AR.component] if cached else [])
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
@@ -94,9 +104,11 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
         tqdm.write(f"duet: {untold}")
 
 
-def _pipeline(config: RunConfig, accelerator: Accelerator) -> GlmImagePipeline:
+def _pipeline(
+    config: RunConfig, accelerator: Accelerator, unread: Sequence[str]
+) -> GlmImagePipeline:
     model = config.model
-    return load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload)
+    return load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload, unread)
 
 
 def _policy(

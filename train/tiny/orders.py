@@ -64,17 +64,17 @@ def table(found: dict[str, list[dict]]) -> str:
     for order, seeds in found.items():
         for seed, results in enumerate(seeds):
             metrics = results["rows"][-1]["metrics"]
-            cells = [
-                f"{m['change']:+.3f} [{m['change_interval'][0]:+.3f}, {m['change_interval'][1]:+.3f}]"
-                for m in metrics.values()
-            ]
+            cells = [_change(told) for told in metrics.values()]
             if not lines:
-                lines = [
-                    f"| order | seed | {' | '.join(metrics)} |",
-                    "|---" * (len(metrics) + 2) + "|",
-                ]
+                lines = [f"| order | seed | {' | '.join(metrics)} |"]
+                lines += ["|---" * (len(metrics) + 2) + "|"]
             lines.append(f"| {order} | {seed} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _change(told: dict) -> str:
+    low, high = told["change_interval"]
+    return f"{told['change']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def main(arguments: list[str] | None = None) -> None:
