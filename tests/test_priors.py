@@ -232,6 +232,7 @@ def test_what_priors_are_not_made_from_may_change(copied):
         f"data.train={copied}/moved.jsonl",
         f"rollout.prior_cache={copied}/elsewhere",
         "sampling.guidance_scale=2",
+        "model.offload=phase",
         "rollout.num_generations=4",
         "train.max_steps=1",
         "lora.rank=4",
@@ -335,7 +336,7 @@ def test_a_damaged_part_of_an_interrupted_making_is_made_again(made, tmp_path, c
     partial = (copied / "cache" / "priors").rename(copied / "cache" / ".priors.partial")
     cut(partial / "priors-000000.safetensors")
     (partial / "priors-000001.safetensors").unlink()
-    prior_making.fill_cache(config_of(copied))
+    prior_making.fill_cache(config_of(copied, "model.offload=phase"))
     assert contents(copied / "cache/priors") == contents(made / "cache/priors")
 
 
@@ -369,6 +370,20 @@ def test_a_row_without_the_reference_that_is_asked_for_is_told(made, unread):
     for work in (train, prior_making.fill_cache):
         line = told(work, config_of(made, "rollout.priors=reference"))
         assert line.startswith(f"{made}/rows.jsonl:2 has no image to encode")
+
+
+def test_a_disk_that_is_full_is_told_and_what_is_made_is_kept(copied, monkeypatch):
+    partial = (copied / "cache" / "priors").rename(copied / "cache" / ".priors.partial")
+    (partial / "priors-000001.safetensors").unlink()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    line = told(prior_making.fill_cache, config_of(copied))
+    assert "priors-000001.safetensors' (No space left on device): what was made is kept" in line
+    assert (partial / "priors-000000.safetensors").is_file()
+    assert not (partial / "priors-000001.safetensors").exists()
 
 
 def test_two_processes_share_the_making(made, tmp_path):

@@ -316,6 +316,7 @@ def test_a_resumed_run_keeps_what_its_state_was_made_for(small_run, tmp_path):
         ("lora.rank=2", "lora.rank = 2, but"),
         ("seed=9", "seed = 9, but"),
         ("rollout.num_generations=8", "rollout.num_generations = 8, but"),
+        ("rollout.priors=sampled", "rollout.priors = .sampled., but"),
     ):
         with pytest.raises(UserError, match=message):
             train(small_run("decoder", "train.resume=latest", override))

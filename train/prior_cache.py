@@ -77,13 +77,22 @@ class PriorCache:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Under another name, synced to the disk, then renamed: whole or not there."""
+    """Under another name, synced to the disk, then renamed: whole or not there.
+
+    Raises UserError where it cannot be.
+    """
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"prior tokens cannot be written to {str(path)!r} ({error.strerror}): what was made "
+            "is kept, `duet priors CONFIG` goes on with it"
+        ) from error
 
 
 def check_cache(config: RunConfig, stamp: Stamp, rows: Sequence[Row]) -> None:

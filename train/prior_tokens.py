@@ -38,7 +38,7 @@ def make_priors(
 ) -> list[Tensor]:
     """For each row int64 [N, h * w]: one for each of its seeds; N is 1 where it is encoded."""
     asked = [
-        Request(row.prompt, own, size)
+        Request(row["prompt"], own, size)
         for row, own in zip(rows, seeds, strict=True)
         if not is_encoded(source, row)
     ]

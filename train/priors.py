@@ -11,8 +11,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="duet priors",
         description=__doc__,
-        epilog="Several processes share the work: accelerate launch -m duet.train.priors CONFIG. "
-        "What was interrupted goes on when it is started again.",
+        epilog="rollout.prior_cache names the folder, rollout.batch_size is how many are sampled "
+        "at once. What was interrupted goes on when it is started again. Several processes share "
+        "the work: accelerate launch -m duet.train.priors CONFIG.",
     )
     parser.add_argument("config", help="YAML of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
