@@ -7,7 +7,8 @@ import pytest
 
 from duet.configs.errors import UserError
 from duet.configs.schema import EvalConfig
-from duet.train.evaluation import bootstrap_interval, labels, summarise
+from duet.train.evaluation import labels
+from duet.train.statistics import bootstrap_interval, summarise
 
 
 def test_every_model_has_a_name_of_its_own():
@@ -35,7 +36,7 @@ def test_bootstrap_interval_is_that_of_the_mean():
 
 def test_a_picture_without_a_score_is_no_imperfect_one():
     scores = [[1.0, float("nan")], [0.5, float("nan")]]
-    assert summarise(scores, None, EvalConfig()).perfect == 0.5
+    assert summarise(scores, None, EvalConfig()).perfect.mean == 0.5
 
 
 def test_what_does_not_apply_is_left_out_of_means_and_pairs():
