@@ -39,6 +39,18 @@ def test_a_picture_without_a_score_is_no_imperfect_one():
     assert summarise(scores, None, EvalConfig()).perfect.mean == 0.5
 
 
+def test_perfect_has_an_interval_and_a_paired_change():
+    base = [[1.0, 0.5], [0.2, 0.9], [0.5, 0.5], [1.0, 1.0]]
+    after = [[1.0, 1.0], [1.0, 0.9], [float("nan"), None], [1.0, 1.0]]
+    assert summarise(base, None, EvalConfig()).perfect.mean == pytest.approx(1.5 / 4)
+    perfect = summarise(after, base, EvalConfig()).perfect
+    assert perfect.mean == pytest.approx(2.5 / 3), "over the prompts that were scored"
+    assert perfect.change == pytest.approx((0.5 + 0.5 + 0) / 3)
+    low, high = perfect.change_interval
+    assert 0 <= low < perfect.change < high <= 0.5
+    assert bootstrap_interval([float("nan")], EvalConfig()) is None
+
+
 def test_what_does_not_apply_is_left_out_of_means_and_pairs():
     base = [[0.5, 0.7], [None, None], [0.2, 0.4]]
     after = [[0.6, 0.8], [None, None], [0.3, float("nan")]]
