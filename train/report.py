@@ -102,6 +102,7 @@ def _chart(steps: Sequence[int], values: Sequence[float]) -> str:
         axis.plot(steps, values, linewidth=1.2, color=_CURVE, marker="" if len(steps) > 1 else "o")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axis.tick_params(labelsize=7)
+        axis.yaxis.offsetText.set_fontsize(7)
         figure.tight_layout()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
