@@ -7,7 +7,8 @@ import pytest
 
 from duet.configs.errors import UserError
 from duet.configs.schema import EvalConfig
-from duet.train.evaluation import bootstrap_interval, labels, summarise
+from duet.train.evaluation import labels
+from duet.train.statistics import bootstrap_interval, summarise
 
 
 def test_every_model_has_a_name_of_its_own():
@@ -35,7 +36,19 @@ def test_bootstrap_interval_is_that_of_the_mean():
 
 def test_a_picture_without_a_score_is_no_imperfect_one():
     scores = [[1.0, float("nan")], [0.5, float("nan")]]
-    assert summarise(scores, None, EvalConfig()).perfect == 0.5
+    assert summarise(scores, None, EvalConfig()).perfect.mean == 0.5
+
+
+def test_perfect_has_an_interval_and_a_paired_change():
+    base = [[1.0, 0.5], [0.2, 0.9], [0.5, 0.5], [1.0, 1.0]]
+    after = [[1.0, 1.0], [1.0, 0.9], [float("nan"), None], [1.0, 1.0]]
+    assert summarise(base, None, EvalConfig()).perfect.mean == pytest.approx(1.5 / 4)
+    perfect = summarise(after, base, EvalConfig()).perfect
+    assert perfect.mean == pytest.approx(2.5 / 3), "over the prompts that were scored"
+    assert perfect.change == pytest.approx((0.5 + 0.5 + 0) / 3)
+    low, high = perfect.change_interval
+    assert 0 <= low < perfect.change < high <= 0.5
+    assert bootstrap_interval([float("nan")], EvalConfig()) is None
 
 
 def test_what_does_not_apply_is_left_out_of_means_and_pairs():

@@ -277,8 +277,8 @@ def test_generate_runs_in_the_adapters_arithmetic(tmp_path, monkeypatch):
         "--output",
         str(tmp_path / "out"),
     ]
-    generate(parse(common), [Row({"prompt": "a card"})])
-    generate(parse([*common, "--dtype", "float32"]), [Row({"prompt": "a card"})])
+    for told in ([], ["--dtype", "float32"]):
+        assert len(list(generate(parse([*common, *told]), [Row({"prompt": "a card"})]))) == 1
     told = [(e.pipeline.transformer.dtype, e.autocast) for e in engines]
     assert told == [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
 
