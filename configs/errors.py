@@ -1,5 +1,6 @@
 """What a user did wrong: one clear line and exit status 2."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def tell(text: str) -> None:
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command; a UserError becomes one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path is printed as the bytes that it is
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         try:
             main()

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
+from tqdm import tqdm
+
 from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.outputs import make_folder, write_new
 from duet.configs.row import Row, check_row
@@ -55,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not rows:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE.jsonl")
     for path in generate(options, rows):
-        print(path, flush=True)
+        tqdm.write(str(path))  # not into a bar
+        sys.stdout.flush()
 
 
 _MOST_PICTURES = 1_000_000  # more than anybody waits for
@@ -78,7 +81,8 @@ _SETTINGS = (
 def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]:
     """Write one PNG a picture as it is made, yielding its path; no file is ever replaced.
 
-    Raises UserError before weights are read for options, adapters and folders that are wrong.
+    Raises UserError, before weights are read, for options, adapters, prompts and folders that
+    are wrong.
     """
     _check_counts(options, len(rows))
     given = {n: getattr(options, n) for n in _SETTINGS if getattr(options, n) is not None}
@@ -88,17 +92,21 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     from duet.inference.adapters import load_adapter
     from duet.inference.engine import Engine, autocast_dtype
     from duet.inference.layout import Size
-    from duet.inference.model import generation_defaults, load_pipeline
+    from duet.inference.model import load_pipeline
+    from duet.inference.outline import read_outline
     from duet.inference.pictures import to_png
     from duet.inference.prompt_check import check_prompts
     from duet.inference.request import Request
 
     joined_adapters("--adapter", options.adapter, options.model)
     arithmetic = choose_arithmetic(options.dtype, options.adapter)
+    outline = read_outline(options.model)
+    sampling = SamplingConfig(**outline.defaults | given)
+    size = Size(sampling.height, sampling.width)
+    check_prompts(outline, rows, size)
     folder = Path(options.output)
     make_folder("--output", folder)
     pipeline = load_pipeline(options.model, arithmetic.dtype)
-    sampling = SamplingConfig(**generation_defaults(pipeline) | given)
     told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
     print(f"{told}, {arithmetic.precision}", file=sys.stderr)
     for adapter in options.adapter:
@@ -109,8 +117,6 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
         batch_size=options.batch_size,
         autocast=autocast_dtype(arithmetic),
     )
-    size = Size(sampling.height, sampling.width)
-    check_prompts(pipeline, rows, size)
     seeds = range(options.seed, options.seed + options.num_images)
     # a prompt with more pictures than a batch holds is asked for by shares
     shares = [tuple(seeds[i] for i in share) for share in pack(seeds, options.batch_size)]

@@ -7,7 +7,7 @@ import pytest
 
 from duet.configs.errors import UserError
 from duet.configs.schema import EvalConfig
-from duet.train.evaluation import labels
+from duet.train.labels import labels
 from duet.train.statistics import bootstrap_interval, summarise
 
 
@@ -25,6 +25,33 @@ def test_every_model_has_a_name_of_its_own():
     ]
     with pytest.raises(UserError, match="names one model twice"):
         labels([(ar,), (ar,)])
+    with pytest.raises(UserError, match="names one model twice"):
+        labels([(ar, decoder), (decoder, f"{ar}/../checkpoint-2/")])
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["/base"], ["base-2"]),
+        (["/Index.HTML", "/results.json"], ["Index.HTML-2", "results.json-2"]),
+        (["/runs/a b", "/runs/a_b", "/runs/A_B"], ["runs-a_b", "runs-a_b-2", "runs-A_B-3"]),
+        (["/a/b-c", "/a-b/c"], ["a-b-c", "a-b-c-2"]),
+        (["/.lock", "/..x"], ["_lock", "_.x"]),
+        (["/runs/\n/<b>|:*?"], ["_-_b_____"]),
+        (["/runs/é\udcff"], ["runs-__"]),
+        (["/" + "x" * 200 + "y", "/" + "z" * 200 + "y"], ["x" * 99 + "y", "z" * 99 + "y"]),
+        (["/a" + "x" * 200, "/b" + "x" * 200], ["x" * 100, "x" * 98 + "-2"]),
+    ],
+)
+def test_a_models_name_is_a_folders_whatever_its_checkpoints_are_called(folders, names, tmp_path):
+    assert labels([(folder,) for folder in folders]) == names
+    for name in ["base", "index.html", "results.json", "before_after.png", *names]:
+        (tmp_path / name.casefold()).mkdir()
+
+
+def test_joined_names_are_no_longer_than_a_folders_may_be(tmp_path):
+    [name] = labels([("/a/" + "x" * 200, "/a/" + "y" * 200)])
+    assert len(name) == 100
 
 
 def test_bootstrap_interval_is_that_of_the_mean():

@@ -1,16 +1,22 @@
 """What generate and evaluate write: as it is made, never over anything, nothing before checks."""
 
+import io
 import json
+import os
 import resource
+import shutil
 import signal
+import sys
 import threading
 import warnings
 import weakref
 
 import pytest
 import torch
+from diffusers import GlmImagePipeline
 from PIL import Image
 
+from duet.configs import errors
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.outputs import write_new
@@ -24,6 +30,7 @@ from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.inference.rollout import Rollout
 from duet.train import evaluate, evaluation, report
+from duet.train.lock import locked
 from tests.conftest import MODEL, ROOT, SIZE
 
 SHARPNESS = "duet.train.tiny.hackable.Sharpness"
@@ -36,8 +43,7 @@ def no_weights(monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(model, "load_pipeline", read)
-    monkeypatch.setattr(evaluation, "load_pipeline", read)
+    monkeypatch.setattr(GlmImagePipeline, "from_pretrained", read)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +237,7 @@ WRONG_GENERATE = {
     "count": (["--num-images", "0"], "--num-images = 0: allowed is 1 <= x"),
     "batch": (["--batch-size", "-1"], "--batch-size = -1"),
     "seed": (["--seed", str(2**64)], "--seed = 18446744073709551616"),
+    "no room": (["--height", "4096", "--width", "4096"], "height = 4096 and width = 4096 .* leave no room for a prompt"),
     "many": (["--num-images", "600000"], "allowed are 1,000,000 pictures in all"),
     "adapter": (["--adapter", "gone"], "'gone' is missing or damaged"),
     "a file": (["--output", "{tmp}/file"], "is a file: name a folder"),
@@ -249,6 +256,15 @@ def test_generate_refuses_before_weights_are_read(options, tmp_path, name):
     with pytest.raises(UserError, match=told):
         list(generate.generate(asked, rows_of("a card", "b")))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_both_ask_the_tokenizers_before_weights_are_read(options, evaluated):
+    told = "the prompt holds '<.image.>', a control token"
+    with pytest.raises(UserError, match=told):
+        list(generate.generate(options(), rows_of("a card", "a <|image|>")))
+    with pytest.raises(UserError, match=f"eval.jsonl:2: {told}"):
+        evaluated(["a card", "a <|image|>"])
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -282,20 +298,75 @@ def test_evaluate_checks_everything_before_weights_are_read(
 # results
 
 
-def test_an_interrupted_evaluation_has_pictures_and_no_results(evaluated, monkeypatch, tmp_path):
-    true, calls = Engine.rollout, []
+def names(folder) -> set[str]:
+    return {p.name for p in folder.iterdir()}
 
-    def rollout(self, *arguments):
-        if calls:
+
+def test_an_unfinished_evaluation_keeps_its_pictures_until_the_next_try(
+    evaluated, most_alive, monkeypatch, tmp_path, capsys
+):
+    true, report = Engine.rollout, tmp_path / "report"
+
+    def rollout(self, requests, *rest):
+        if requests[0].prompt == "b":
             raise KeyboardInterrupt
-        calls.append(1)
-        return true(self, *arguments)
+        return true(self, requests, *rest)
 
-    monkeypatch.setattr(Engine, "rollout", rollout)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "rollout", rollout)
         evaluated(["a card", "b"], "rollout.batch_size=1")
-    assert [p.name for p in (tmp_path / "report").iterdir()] == ["base"]
-    assert [p.name for p in (tmp_path / "report" / "base").iterdir()] == ["000-0.png"]
+    assert names(report) == {".lock", ".duet_unfinished"}
+    assert names(report / ".duet_unfinished" / "base") == {"000-0.png"}
+    assert "what was made lies in" in capsys.readouterr().err
+    (report / "mine.txt").write_text("mine")
+    evaluated(["a red card"])
+    made = {"base", "results.json", "index.html", "before_after.png"}
+    assert names(report) == made | {".lock", "mine.txt"}
+    assert json.loads((report / "results.json").read_text())["prompts"] == ["a red card"]
+
+
+def test_what_appears_meanwhile_is_not_overwritten_either(
+    evaluated, most_alive, monkeypatch, tmp_path
+):
+    true, mine = evaluation.summarise, tmp_path / "report" / "base"
+
+    def summarise(*arguments):
+        mine.write_text("mine")
+        return true(*arguments)
+
+    monkeypatch.setattr(evaluation, "summarise", summarise)
+    with pytest.raises(UserError, match="holds base already"):
+        evaluated(["a card"])
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_one_evaluation_at_a_time_writes_to_a_folder(evaluated, tmp_path):
+    with locked("--output", tmp_path / "report"):
+        with pytest.raises(UserError, match=f"--output = .* in use by process {os.getpid()}"):
+            evaluated(["a card"])
+        assert names(tmp_path / "report") == {".lock"}
+
+
+def test_a_name_that_is_no_text_is_one_in_the_report(
+    evaluated, adapters, most_alive, tmp_path, monkeypatch
+):
+    """A folder's name is bytes, a page and what is printed are text."""
+    run = tmp_path / os.fsdecode(b"run \xff")
+    shutil.copytree(adapters / "decoder", run / "a\nb")
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    (tmp_path / "link").symlink_to(run / "a\nb")  # safetensors reads by no other name
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", printed)
+    output = os.fsdecode(b"report \xff")
+    errors.exit_on_user_error(
+        lambda: evaluated(["a card"], "--checkpoint", str(tmp_path / "link"), output=output)
+    )
+    folder = tmp_path / output
+    [base, after] = strictly((folder / "results.json").read_text())["rows"]
+    assert (base["model"], after["model"]) == ("base", "run__-a_b")
+    assert "Training of run \\udcff" in (folder / "index.html").read_text()
+    assert b"report \xff/index.html" in printed.buffer.getvalue()
 
 
 def test_results_stand_before_the_page(evaluated, most_alive, monkeypatch, tmp_path):

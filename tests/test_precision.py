@@ -24,12 +24,8 @@ from duet.inference.adapters import (
 )
 from duet.inference.engine import Engine, autocast_dtype
 from duet.inference.generate import choose_arithmetic, generate, parse
-from duet.inference.model import (
-    STOCK_GENERATION,
-    base_fingerprint,
-    generation_defaults,
-    load_pipeline,
-)
+from duet.inference.model import base_fingerprint, load_pipeline
+from duet.inference.outline import STOCK_GENERATION, read_outline
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train import gate
@@ -246,7 +242,7 @@ def test_final_generation_takes_what_stock_would(pipeline):
     assert {name: defaults[name] for name in STOCK_GENERATION} == STOCK_GENERATION
     named = pipeline.vision_language_encoder.generation_config
     assert named.top_k is None and named.top_p == 0.9
-    found = generation_defaults(pipeline)
+    found = read_outline(str(MODEL)).defaults
     assert (found["top_k"], found["top_p"], found["height"]) == (50, 0.9, 64)
 
 

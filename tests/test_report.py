@@ -29,7 +29,7 @@ FRAME = """<iframe style="width:{width}px; height:900px; border:0" srcdoc="{page
   const page = document.querySelector("iframe").contentDocument, all = s => [...page.querySelectorAll(s)];
   const look = e => page.defaultView.getComputedStyle(e), box = page.querySelector(".wide");
   document.querySelector("pre").textContent = JSON.stringify({{
-    page: page.documentElement.scrollWidth, table: box.scrollWidth, box: box.clientWidth,
+    width: page.defaultView.innerWidth, page: page.documentElement.scrollWidth, table: box.scrollWidth, box: box.clientWidth,
     columns: new Set(all(".charts figure").map(e => e.offsetLeft)).size,
     paper: look(page.body).backgroundColor, ink: look(page.body).color,
     letters: [...new Set(all("svg text").map(e => look(e).fill))],
@@ -108,6 +108,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_on_a_phone_only_the_table_scrolls(seen):
     phone, desk = seen[390, False], seen[1200, True]
+    assert (phone["width"], desk["width"]) == (390, 1200), "what was asked of the browser"
     assert phone["page"] == 390 and desk["page"] == 1200
     assert phone["table"] > phone["box"] and phone["box"] <= 390 - 32
     assert (phone["columns"], desk["columns"]) == (1, 2)

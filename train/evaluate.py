@@ -23,11 +23,10 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(options.output or Path(config.output_dir) / "evaluation")
     from duet.train.evaluation import evaluate  # torch loads slowly
     from duet.train.report import write_report, write_strip
-    from duet.train.results import text_table, write_results
+    from duet.train.results import text_table
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
-    results = evaluate(config, models, output)
-    write_results(results, output)  # whatever becomes of the page
+    results = evaluate(config, models, output)  # which stands, whatever becomes of the page
     print(text_table(results), flush=True)
     write_strip(results, output)
     print(f"report: {write_report(results, output)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duet.configs.errors import UserError
-from duet.configs.outputs import make_folder, require_free, write_new
+from duet.configs.outputs import make_folder, require_free, staged, write_new
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
@@ -15,6 +15,7 @@ from duet.inference.adapters import load_adapter
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
+from duet.inference.outline import read_outline
 from duet.inference.pictures import to_png
 from duet.inference.prompt_check import check_prompts
 from duet.inference.request import Request
@@ -22,40 +23,40 @@ from duet.inference.rollout import Rollout
 from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
+from duet.train.labels import labels
+from duet.train.lock import locked
 from duet.train.prompts import derive_seed
-from duet.train.results import PAGE, RESULTS, STRIP, ModelResult, Results
+from duet.train.results import BASE, PAGE, RESULTS, STRIP, ModelResult, Results, write_results
 from duet.train.statistics import summarise
 
 _SEED = 2**31  # far from any training seed; the same for every model
-_BASE = "base"
 
 
 def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path) -> Results:
     """Evaluate the base and then each model (a tuple of checkpoints to load together).
 
-    Pictures go to `output/<model>/` as they are made, and are scored with them: memory holds
-    those of one batch. Every model gets the same prompts and seeds, so differences to the base
-    are paired. A policy is run in the arithmetic of the config, and so in that which training
-    sampled with.
+    Pictures are written as they are made, and scored with them: memory holds those of one
+    batch. With all done, `output` has a folder of them a model, and the results. Every model
+    gets the same prompts and seeds, so differences to the base are paired. A policy is run in
+    the arithmetic of the config, and so in that which training sampled with.
     Raises UserError, before weights are read, for rows, checkpoints that do not go together,
-    and a folder in which something would be overwritten.
+    and a folder in which something would be overwritten or that another process writes to.
     """
     rows = rows_of(config, "eval")
-    names = [_BASE, *labels(models)]
+    names = [BASE, *labels(models)]
     for checkpoints in models:
         _check_checkpoints(config, checkpoints)
-    require_free("--output", output, [*names, RESULTS, PAGE, STRIP])
-    make_folder("--output", output)
-    rewards = load_rewards((*config.rewards, *config.eval.rewards))
-    results: list[ModelResult] = []
-    for name, checkpoints in zip(names, [(), *models], strict=True):
-        made = _evaluate_model(_engine(config, checkpoints), config, rows, rewards, output / name)
-        gc.collect()  # the next model must fit in its place
-        base = results[0].scores if results else None
-        metrics = {k: summarise(v, base and base[k], config.eval) for k, v in made.scores.items()}
-        images = [f"{name}/{file}" for files in made.files for file in files]
-        results.append(ModelResult(name, list(checkpoints), images, made.scores, metrics))
-    return Results(config.stage, config.eval.confidence, [row.prompt for row in rows], results)
+    check_prompts(read_outline(config.model.path), rows, _size(config))
+    entries = [*names, RESULTS]
+    require_free("--output", output, [*entries, PAGE, STRIP])
+    with locked("--output", output), staged("--output", output, entries) as folder:
+        for name in names:
+            make_folder("--output", folder / name)
+        found = _evaluate_models(config, rows, dict(zip(names, [(), *models], strict=True)), folder)
+        prompts = [row.prompt for row in rows]
+        results = Results(config.stage, config.eval.confidence, prompts, found)
+        write_results(results, folder)
+    return results
 
 
 def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
@@ -71,17 +72,28 @@ def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
             )
 
 
-def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
-    """A name a model: its checkpoints' last folders, as many as tell the models apart.
+def _evaluate_models(
+    config: RunConfig,
+    rows: Sequence[Row],
+    models: Mapping[str, tuple[str, ...]],  # a name's checkpoints
+    folder: Path,
+) -> list[ModelResult]:
+    rewards = load_rewards((*config.rewards, *config.eval.rewards))
+    results: list[ModelResult] = []
+    for name, checkpoints in models.items():
+        engine = _engine(config, checkpoints)
+        made = _evaluate_model(engine, config, rows, rewards, folder / name)
+        del engine
+        gc.collect()  # the next model must fit in its place
+        base = results[0].scores if results else None
+        metrics = {k: summarise(v, base and base[k], config.eval) for k, v in made.scores.items()}
+        images = [f"{name}/{file}" for files in made.files for file in files]
+        results.append(ModelResult(name, list(checkpoints), images, made.scores, metrics))
+    return results
 
-    Raises UserError when a model is given twice.
-    """
-    paths = [[Path(c).resolve().parts[1:] for c in checkpoints] for checkpoints in models]
-    for depth in range(2, 1 + max([2, *(len(p) for model in paths for p in model)])):
-        names = ["+".join("-".join(p[-depth:]) for p in model) for model in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("--checkpoint names one model twice: give every model once")
+
+def _size(config: RunConfig) -> Size:
+    return Size(config.sampling.height, config.sampling.width)
 
 
 def _engine(config: RunConfig, checkpoints: Sequence[str]) -> Engine:
@@ -107,18 +119,12 @@ def _evaluate_model(
     rewards: Mapping[str, Reward],
     folder: Path,
 ) -> _Made:
-    size = Size(config.sampling.height, config.sampling.width)
-    check_prompts(engine.pipeline, rows, size)
-    count = config.eval.images_per_prompt
+    size, count = _size(config), config.eval.images_per_prompt
     requests = [
         Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
         for i, row in enumerate(rows)
     ]
     made = _Made([[]] * len(rows), {name: [[]] * len(rows) for name in rewards})
-    try:
-        folder.mkdir()
-    except OSError as error:  # another evaluation began in this folder meanwhile
-        raise UserError(f"{str(folder)!r} cannot be made: {error.strerror}") from error
     for part in engine.in_parts(requests):
         for place, rollout in part:
             made.files[place] = list(_write_pictures(rollout, folder, place))

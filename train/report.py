@@ -9,6 +9,8 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
+from duet.configs.outputs import write_new
+from duet.inference.pictures import to_png
 from duet.train.log import image_grid
 from duet.train.metrics import read_metrics
 from duet.train.results import PAGE, STRIP, ModelResult, Results, columns
@@ -48,7 +50,7 @@ def write_report(results: Results, output: Path) -> Path:
         pictures=pictures,
     )
     path = output / PAGE
-    path.write_text(page, encoding="utf-8")
+    write_new(path, page.encode(errors="backslashreplace"))
     return path
 
 
@@ -60,7 +62,7 @@ def write_strip(results: Results, output: Path) -> Path:
         for path in _first_pictures(row, results)[:_STRIP]
     ]
     path = output / STRIP
-    image_grid(chosen, len(chosen) // 2).save(path)
+    write_new(path, to_png(image_grid(chosen, len(chosen) // 2)))
     return path
 
 
@@ -86,9 +88,8 @@ def _runs(rows: list[ModelResult]) -> list[dict]:
 
 def _charts(steps: list[dict]) -> list[dict]:
     """A curve a metric, as inline SVG."""
-    names = steps[-1] if steps else ()
     charts = []
-    for name in names:
+    for name in dict.fromkeys(name for step in steps for name in step):
         known = [(s["step"], s[name]) for s in steps if s.get(name) is not None]
         if known and name.startswith(_CURVES) and not name.endswith(_NO_CURVES):
             charts.append({"name": name, "svg": _chart(*zip(*known, strict=True))})
@@ -100,7 +101,7 @@ def _chart(steps: Sequence[int], values: Sequence[float]) -> str:
     with pyplot.rc_context({name: _INK for name in _INKED} | {"svg.fonttype": "none"}):
         figure, axis = pyplot.subplots(figsize=(3.6, 2.1))
         axis.plot(steps, values, linewidth=1.2, color=_CURVE, marker="" if len(steps) > 1 else "o")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axis.tick_params(labelsize=7)
         axis.yaxis.offsetText.set_fontsize(7)
         figure.tight_layout()

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from duet.configs.outputs import write_new
 from duet.train.statistics import Estimate, Summary
 
 RESULTS, PAGE, STRIP = "results.json", "index.html", "before_after.png"  # beside a folder a model
+BASE = "base"  # the name of the model without a checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,10 @@ class Column:
     show_change: Callable[[float], str]
 
 
-def write_results(results: Results, output: Path) -> Path:
-    """Write `output/results.json`, whole or not at all; null where there is no score."""
-    path = output / RESULTS
-    partial = path.with_name(f".{RESULTS}.partial")
-    partial.write_text(json.dumps(_plain(asdict(results)), indent=1, allow_nan=False))
-    partial.rename(path)
-    return path
+def write_results(results: Results, output: Path) -> None:
+    """Write `output/results.json`, strict JSON: null where there is no score."""
+    text = json.dumps(_plain(asdict(results)), indent=1, allow_nan=False)
+    write_new(output / RESULTS, text.encode())
 
 
 def _plain(tree: Any) -> Any:

@@ -15,7 +15,9 @@ from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
+from duet.inference.layout import Size
 from duet.inference.model import load_pipeline, pick_device
+from duet.inference.outline import read_outline
 from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
@@ -67,14 +69,16 @@ def prepare(config: RunConfig) -> Run:
     divided = geometry(config, accelerator.num_processes)
     processes = accelerator.num_processes
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    outline = read_outline(config.model.path)
+    size = Size(config.sampling.height, config.sampling.width)
+    for each in (rows, held_out):
+        check_prompts(outline, each, size, accelerator.is_local_main_process)
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     model = config.model
     pipeline = load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload)
     engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
     stage = STAGES[config.stage](engine, config)
-    for each in (rows, held_out):
-        check_prompts(pipeline, each, stage.size, accelerator.is_local_main_process)
     gate.check_schedule(engine, stage.size)
     gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
     base = start.inputs.model[stage.part.component]
