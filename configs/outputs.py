@@ -45,7 +45,7 @@ def staged(name: str, folder: Path, entries: Sequence[str]) -> Iterator[Path]:
     require_free(name, folder, entries)
     unfinished = folder / _UNFINISHED
     with _writing(unfinished):
-        if unfinished.exists():
+        if os.path.lexists(unfinished):
             shutil.rmtree(unfinished)
         unfinished.mkdir()
     try:
@@ -69,8 +69,8 @@ def write_new(path: Path, content: bytes) -> None:
         try:
             file.write(content)
             file.flush()
-        except OSError:
-            path.unlink()  # a full disk
+        except OSError:  # a full disk
+            path.unlink()
             raise
 
 
@@ -81,4 +81,4 @@ def _writing(path: Path) -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+        raise UserError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error

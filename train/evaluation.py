@@ -49,13 +49,16 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     check_prompts(read_outline(config.model.path), rows, _size(config))
     entries = [*names, RESULTS]
     require_free("--output", output, [*entries, PAGE, STRIP])
-    with locked("--output", output), staged("--output", output, entries) as folder:
-        for name in names:
-            make_folder("--output", folder / name)
-        found = _evaluate_models(config, rows, dict(zip(names, [(), *models], strict=True)), folder)
-        prompts = [row.prompt for row in rows]
-        results = Results(config.stage, config.eval.confidence, prompts, found)
-        write_results(results, folder)
+    with locked("--output", output):
+        rewards = load_rewards((*config.rewards, *config.eval.rewards))
+        with staged("--output", output, entries) as folder:
+            for name in names:
+                make_folder("--output", folder / name)
+            named = dict(zip(names, [(), *models], strict=True))
+            found = _evaluate_models(config, rows, rewards, named, folder)
+            prompts = [row.prompt for row in rows]
+            results = Results(config.stage, config.eval.confidence, prompts, found)
+            write_results(results, folder)
     return results
 
 
@@ -75,10 +78,10 @@ def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
 def _evaluate_models(
     config: RunConfig,
     rows: Sequence[Row],
+    rewards: Mapping[str, Reward],
     models: Mapping[str, tuple[str, ...]],  # a name's checkpoints
     folder: Path,
 ) -> list[ModelResult]:
-    rewards = load_rewards((*config.rewards, *config.eval.rewards))
     results: list[ModelResult] = []
     for name, checkpoints in models.items():
         engine = _engine(config, checkpoints)
