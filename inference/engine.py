@@ -19,7 +19,7 @@ from duet.configs.errors import UserError
 from duet.configs.schema import AUTOCAST, Arithmetic, RunConfig, SamplingConfig, SdeConfig
 from duet.inference import autoregressive, decoder, decoding, pictures
 from duet.inference.autoregressive import TokenScores
-from duet.inference.batching import in_batches
+from duet.inference.batching import in_batches, pack
 from duet.inference.decoder import LatentJob, StepScores, sample_latents
 from duet.inference.decoding import TokenJob
 from duet.inference.flow import make_schedule
@@ -100,6 +100,17 @@ class Engine:
             Rollout(request, pictures.to_images(made.pixels), prior, own, made.latents)
             for request, prior, own, made in zip(requests, priors, tokens, decoded, strict=True)
         ]
+
+    def in_parts(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Rollout]]]:
+        """Rollouts as they are made, each with its request's place: what memory holds of any
+        number of requests is a part, whole requests of about `batch_size` samples.
+        """
+        total = sum(map(len, requests))
+        with self._bar(total, "pictures") as bar:
+            for part in pack(requests, self.batch_size, weight=len):
+                # unnamed, or it would be held while the next part is made
+                yield list(zip(part, self.rollout([requests[i] for i in part]), strict=True))
+                bar.update(sum(len(requests[i]) for i in part))
 
     def priors(self, requests: Sequence[Request]) -> list[Tensor]:
         """The AR's large grid for every sample, int64 [N, h * w], without a picture."""

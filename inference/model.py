@@ -18,8 +18,6 @@ from duet.configs.hub import is_hub_id
 from duet.inference.fingerprint import fingerprint
 
 COMPONENTS = ("vision_language_encoder", "transformer", "vae", "text_encoder")  # with weights
-# what `generate` of transformers takes where a checkpoint's generation config says nothing
-STOCK_GENERATION = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -121,18 +119,3 @@ def components(pipeline: GlmImagePipeline) -> dict[str, Module]:
     """Those with weights, without what was not read."""
     parts = {name: getattr(pipeline, name) for name in COMPONENTS}
     return {name: part for name, part in parts.items() if isinstance(part, Module)}
-
-
-def generation_defaults(pipeline: GlmImagePipeline) -> dict[str, float]:
-    """The sampling settings that stock generation takes for this checkpoint; size in pixels.
-
-    The size is the VAE's `sample_size` where that is a [height, width] pair, else the
-    processor's. The pipeline's 50 steps and guidance scale 1.5 are the schema's own.
-    """
-    size = pipeline.vae.config.sample_size
-    if not isinstance(size, list | tuple):
-        size = pipeline.processor.target_h, pipeline.processor.target_w
-    config = pipeline.vision_language_encoder.generation_config
-    named = {name: getattr(config, name) for name in STOCK_GENERATION}
-    named = {name: value for name, value in named.items() if value is not None}
-    return {"height": size[0], "width": size[1]} | STOCK_GENERATION | named

@@ -1,5 +1,7 @@
 """Pictures in and out: latents to pixels, pixels to pictures, a picture to its tokens."""
 
+import io
+
 import numpy as np
 import torch
 from diffusers import GlmImagePipeline
@@ -28,6 +30,12 @@ def decode_pixels(vae, latents: Tensor) -> np.ndarray:
 def to_images(pixels: np.ndarray) -> list[Image.Image]:
     """Float pixels [B, H, W, 3] -> RGB pictures."""
     return _PROCESSOR.numpy_to_pil(pixels)
+
+
+def to_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from duet.configs.errors import UserError, require_folder, tell
+from duet.configs.errors import UserError, tell
+from duet.configs.outputs import make_folder
 from duet.configs.schema import RunConfig
 from duet.inference.model import pick_device
 from duet.train.together import together
@@ -29,9 +30,8 @@ def locked(name: str, folder: Path) -> Iterator[None]:
     between machines as far as the server's lock service does.
     Raises UserError while another process has it, and where nothing can be written.
     """
-    require_folder(name, folder)
+    make_folder(name, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a+")
     except OSError as error:
         raise UserError(f"{name} = {str(folder)!r} cannot be written: {error.strerror}") from error

@@ -15,6 +15,7 @@ from duet.configs.schema import RunConfig
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import COMPONENTS, base_fingerprint, load_pipeline
+from duet.inference.outline import read_outline
 from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
 from duet.train.checkpoint import sync_tree
@@ -36,6 +37,8 @@ def fill_cache(config: RunConfig) -> Path:
     state, cache = PartialState(), PriorCache.of(config)
     rows = rows_of(config, "train", state.is_local_main_process)
     require_references(config, rows)
+    size = Size(config.sampling.height, config.sampling.width)
+    check_prompts(read_outline(config.model.path), rows, size, state.is_local_main_process)
     stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
     if from_main(state, lambda: _stands(config, cache, stamp, rows)):
         tell("the prior tokens are there already")

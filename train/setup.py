@@ -16,7 +16,9 @@ from duet.configs.schema import RunConfig
 from duet.configs.turns import rollouts_of, trained_rewards, turns
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
+from duet.inference.layout import Size
 from duet.inference.model import load_pipeline, pick_device
+from duet.inference.outline import read_outline
 from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
@@ -58,6 +60,10 @@ def prepare(config: RunConfig) -> Training:
     for part in parts.values():
         require_references(part, rows)
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    outline = read_outline(config.model.path)
+    size = Size(config.sampling.height, config.sampling.width)
+    for each in (rows, held_out):
+        check_prompts(outline, each, size, show)
     cached = [part for part in parts.values() if PriorCache.of(part) is not None]
     for part in cached:
         ar = start.inputs.model[AR.component]
@@ -69,10 +75,8 @@ def prepare(config: RunConfig) -> Training:
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
     first = next(iter(stages.values()))
-    for each in (rows, held_out):
-        check_prompts(pipeline, each, first.size, show)
-    gate.check_schedule(first.engine, first.size)
-    gate.check_reference(first.engine, rows[0].prompt, first.size, config.arithmetic.precision)
+    gate.check_schedule(first.engine, size)
+    gate.check_reference(first.engine, rows[0].prompt, size, config.arithmetic.precision)
     leave_weights_out(accelerator)
     signals = Signals()
     runs = {
