@@ -91,4 +91,4 @@ def test_what_does_not_apply_is_left_out_of_means_and_pairs():
 def test_the_mean_of_nothing_is_no_number_and_no_warning():
     nothing = [[float("nan")], [float("nan")]]
     made = summarise(nothing, [[0.5], [0.5]], EvalConfig())
-    assert np.isnan([made.mean, made.change, *made.interval]).all()
+    assert (made.mean, made.change, made.interval, made.change_interval) == (None,) * 4

@@ -203,7 +203,7 @@ def test_the_list_has_every_setting_with_type_default_range_and_meaning(capsys, 
     cli.main()
     printed = capsys.readouterr().out
     told = "optim.adam_epsilon  (float, 0 < x <= 1; default 1e-08)\n    well below the gradients'"
-    assert told in printed and "stage  (ar | decoder; required)" in printed
+    assert told in printed and "stage  (ar | decoder | null; default null)" in printed
     assert all(f"{one.name}  ({one.kind}" in printed and one.meaning for one in listing.settings())
     assert "rewards[].weight" in printed and "None" not in printed
 

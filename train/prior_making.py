@@ -94,7 +94,6 @@ def _make(
     others = [name for name in COMPONENTS if name != AR.component]
     pipeline = load_pipeline(model.path, model.dtype, str(state.device), model.offload, others)
     size = Size(config.sampling.height, config.sampling.width)
-    check_prompts(pipeline, rows, size, show)
     engine = Engine.of(pipeline, config, show)
     epochs = [fixed_seeds(len(rows), config.seed, e) for e in range(rollout.priors_per_prompt)]
     seeds = list(zip(*epochs, strict=True))  # by the row, then by the epoch
