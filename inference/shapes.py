@@ -1,8 +1,8 @@
-"""The parts of a checkpoint without its weights: GLM-Image's own sizes, or those of a folder."""
+"""The parts of a checkpoint without its weights: of the released sizes, or those of a folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class Scale:
     dit_layers: int = 30
     dit_heads: int = 32  # of width 128
     glyph_width: int = 1472
+    vae_channels: tuple[int, ...] = (128, 512, 1024, 1024)
 
 
 def build_ar(scale: Scale, pad_token_id: int = 167841) -> GlmImageForConditionalGeneration:
@@ -68,12 +69,12 @@ def build_dit(scale: Scale) -> GlmImageTransformer2DModel:
     )
 
 
-def build_vae() -> AutoencoderKL:
-    """The released VAE's shape; the latents' mean and standard deviation are not told."""
+def build_vae(scale: Scale) -> AutoencoderKL:
+    """Standardised latents are taken as they are: mean 0, standard deviation 1."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 512, 1024, 1024),
+        block_out_channels=scale.vae_channels,
         layers_per_block=3,
         latent_channels=16,
         latents_mean=(0.0,) * 16,
@@ -100,25 +101,27 @@ def build_glyph_encoder(scale: Scale) -> T5EncoderModel:
     )
 
 
-def build_part(
-    component: str, folder: Path | None, dtype: torch.dtype, layers: int | None = None
-) -> Module:
-    """One part, frozen, on the meta device: of a checkpoint's config.json; None: GLM-Image's own.
+Sizes = Path | Scale  # a checkpoint's folder with its config.json files, or the released one's
 
-    `component`: the name that `GlmImagePipeline` gives it; `layers`: of the AR or the DiT, in
-    place of its own.
+
+def build_part(component: str, sizes: Sizes, dtype: torch.dtype, layers: int | None) -> Module:
+    """One part, frozen, on the meta device.
+
+    `component`: the name that `GlmImagePipeline` gives it; `layers`: of the AR or the DiT, None:
+    its own.
     """
-    builders = _released(layers) if folder is None else _of_folder(folder, layers)
+    builders = (_of_folder if isinstance(sizes, Path) else _of_scale)(sizes, layers)
     with torch.device("meta"), default_dtype(dtype):
         return builders[component]().requires_grad_(False).eval()
 
 
-def _released(layers: int | None) -> dict[str, Callable[[], Module]]:
-    scale = Scale() if layers is None else Scale(ar_layers=layers, dit_layers=layers)
+def _of_scale(scale: Scale, layers: int | None) -> dict[str, Callable[[], Module]]:
+    if layers is not None:
+        scale = replace(scale, ar_layers=layers, dit_layers=layers)
     return {
         "vision_language_encoder": lambda: build_ar(scale),
         "transformer": lambda: build_dit(scale),
-        "vae": build_vae,
+        "vae": lambda: build_vae(scale),
         "text_encoder": lambda: build_glyph_encoder(scale),
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from duet.configs.load import load_config
 from duet.configs.schema import RunConfig
+from duet.inference.shapes import Scale, Sizes
 from duet.launch.cost import CARDS, COMPUTE, COPY_BANDWIDTH, LAUNCH_SECONDS, MEMORY, Card, costs
 from duet.rewards.sizes import reward_sizes
 from duet.train.geometry import changed, nearest_geometry
@@ -40,12 +41,13 @@ def main(arguments: list[str]) -> None:
 
 
 def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator[str]:
-    folder = folder_of(asked)
-    yield f"{asked.stage}: sizes of {folder or 'the released GLM-Image'}, an estimate"
+    sizes = sizes_of(asked)
+    named = sizes if isinstance(sizes, Path) else "the released GLM-Image"
+    yield f"{asked.stage}: sizes of {named}, an estimate"
     changes = nearest_geometry(asked, gpus)
     config = changed(asked, changes)
     yield from _geometry(config, gpus, changes)
-    step = step_of(config, folder, gpus)
+    step = step_of(config, sizes, gpus)
     found = phases(config, step, gpus)
     yield ""
     yield from _table(found)
@@ -58,15 +60,15 @@ def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator
     verdict = "fits" if fits else "does not fit"
     yield f"\npeak {needed:.1f} GiB in phase {worst.name!r}: {verdict} in {memory_gib:g} GiB"
     if not fits:
-        yield _advice(config, folder, gpus, memory_gib)
+        yield _advice(config, sizes, gpus, memory_gib)
     yield ""
     yield from _seconds(config, step, card)
 
 
-def folder_of(config: RunConfig) -> Path | None:
-    """Where the sizes stand, if they do."""
+def sizes_of(config: RunConfig) -> Sizes:
+    """Those of the model's folder, where it is one."""
     folder = Path(config.model.path)
-    return folder if (folder / "model_index.json").is_file() else None
+    return folder if (folder / "model_index.json").is_file() else Scale()
 
 
 def _geometry(config: RunConfig, gpus: int, changes: Mapping[str, Any]) -> Iterator[str]:
@@ -102,8 +104,8 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size else ""
 
 
-def _advice(config: RunConfig, folder: Path | None, gpus: int, memory_gib: float) -> str:
-    found = savings(config, folder, gpus, int(memory_gib * GIB))
+def _advice(config: RunConfig, sizes: Sizes, gpus: int, memory_gib: float) -> str:
+    found = savings(config, sizes, gpus, int(memory_gib * GIB))
     return f"it would with {_told(found)}" if found else "no setting of Duet makes it fit"
 
 
@@ -113,8 +115,8 @@ def _told(settings: Mapping[str, Any]) -> str:
 
 def _seconds(config: RunConfig, step: Step, card: Card) -> Iterator[str]:
     yield (
-        f"one step on {card.name} ({card.flops / 1e12:.0f} TFLOPS, {card.bandwidth / 1e9:.0f} GB/s): "
-        "an estimate"
+        f"one step on {card.name} ({card.flops / 1e12:.0f} TFLOPS, "
+        f"{card.bandwidth / 1e9:.0f} GB/s), an estimate"
     )
     yield (
         f"  assumed: {COMPUTE:.0%} of its computing, {MEMORY:.0%} of its memory's speed, "

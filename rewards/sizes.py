@@ -25,10 +25,10 @@ def reward_sizes(configs: Iterable[RewardConfig]) -> RewardSizes:
         args = {k: v for k, v in config.args.items() if k != "device"}
         reward = load_reward(replace(config, view="full", args=args))
         clip = getattr(reward, "clip", None)
-        size = None
         if isinstance(clip, Clip):
-            key = clip.model, clip.pretrained, clip.dtype
-            size = towers[key] = towers[key] if key in towers else tower_bytes(clip)
-        if size is None and hasattr(reward, "load"):
+            size = towers[clip.model, clip.pretrained, clip.dtype] = tower_bytes(clip)
+            if size is None:
+                unknown.append(config.metric_name)
+        elif hasattr(reward, "device"):
             unknown.append(config.metric_name)
     return RewardSizes(sum(filter(None, towers.values())), tuple(unknown))

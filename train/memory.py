@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.inference.batching import pack
 from duet.inference.model import COMPONENTS
+from duet.inference.shapes import Sizes
 from duet.rewards.sizes import reward_sizes
 from duet.train import workload
 from duet.train.geometry import changed, geometry
@@ -62,15 +62,15 @@ class Step:
     rescores: int  # forwards for old log-probs
 
 
-def subject_of(config: RunConfig, folder: Path | None) -> Subject:
+def subject_of(config: RunConfig, sizes: Sizes) -> Subject:
     recomputed = config.optim.gradient_checkpointing
-    return Subject(folder, config.arithmetic, config.stage, config.lora, recomputed)
+    return Subject(sizes, config.arithmetic, config.stage, config.lora, recomputed)
 
 
-def step_of(config: RunConfig, folder: Path | None, processes: int) -> Step:
+def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
     """Of a geometry that divides."""
     subject, sampling, optim, sde = (
-        subject_of(config, folder), config.sampling, config.optim, config.sde,
+        subject_of(config, sizes), config.sampling, config.optim, config.sde,
     )  # fmt: skip
     groups, count = config.rollout.prompts_per_step // processes, config.rollout.num_generations
     drawn = engine_batches(groups, count, config.rollout.batch_size)
@@ -149,12 +149,12 @@ def peak(found: Sequence[Phase]) -> Phase:
     return max(found, key=lambda phase: phase.total)
 
 
-def savings(config: RunConfig, folder: Path | None, processes: int, memory: int) -> dict | None:
+def savings(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> dict | None:
     """The settings that make it fit, the cheapest first; None: nothing does."""
     changes: dict[str, Any] = {}
     while True:
         now = changed(config, changes)
-        worst = peak(phases(now, step_of(now, folder, processes), processes))
+        worst = peak(phases(now, step_of(now, sizes, processes), processes))
         if worst.total <= memory:
             return changes
         saving = next(filter(None, (move(now) for move in _MOVES[worst.name])), None)
@@ -206,9 +206,9 @@ _MOVES = {
 }
 
 
-def require_fit(config: RunConfig, folder: Path | None, processes: int, memory: int) -> None:
+def require_fit(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> None:
     """Raises UserError where a step needs more than the device's `memory` in bytes."""
-    worst = peak(phases(config, step_of(config, folder, processes), processes))
+    worst = peak(phases(config, step_of(config, sizes, processes), processes))
     if worst.total <= memory:
         return
     largest = max(worst.held, key=worst.held.get)

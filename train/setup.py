@@ -15,12 +15,13 @@ from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
-from duet.inference.model import load_pipeline, pick_device
+from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.prompt_check import check_prompts
 from duet.rewards.registry import load_rewards
 from duet.train import gate
 from duet.train.geometry import Geometry, geometry
 from duet.train.log import prepare_trackers
+from duet.train.memory import require_fit
 from duet.train.policy import Policy
 from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
@@ -67,6 +68,9 @@ def prepare(config: RunConfig) -> Run:
     divided = geometry(config, accelerator.num_processes)
     processes = accelerator.num_processes
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+        require_fit(config, model_folder(config.model.path), processes, memory)
     scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
     set_seed(config.seed)
     model = config.model

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from duet.inference.layout import Size
 from duet.inference.parts import PARTS, Part
 from duet.inference.prompt import Prompt, text_grids
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, TokenTrajectory
-from duet.inference.shapes import build_part
+from duet.inference.shapes import Sizes, build_part
 from duet.train.footprint import Kernel, repeated, without_values
 from duet.train.recompute import recompute_blocks
 
@@ -34,7 +33,7 @@ _CPU = torch.device("cpu")
 class Subject:
     """Whose shapes are run, and what of it is trained."""
 
-    folder: Path | None  # None: GLM-Image's own sizes
+    sizes: Sizes
     arithmetic: Arithmetic
     stage: str
     lora: LoraConfig
@@ -51,7 +50,7 @@ class Subject:
 
     def build(self, component: str) -> Module:
         """On the meta device, as a run has it."""
-        module = build_part(component, self.folder, self.dtype, self.layers)
+        module = build_part(component, self.sizes, self.dtype, self.layers)
         if component == self.part.component:
             lora = self.lora
             add_adapter(module, self.part, lora.rank, lora.alpha, lora.target_modules)
@@ -110,7 +109,7 @@ def by_layers(component: Callable[[Subject], str]):
 @cache
 def _whole(subject: Subject, component: str) -> Module:
     """On the meta device, without an adapter."""
-    return build_part(component, subject.folder, subject.dtype)
+    return build_part(component, subject.sizes, subject.dtype, None)
 
 
 def _depth(subject: Subject, component: str) -> int:
