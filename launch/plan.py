@@ -61,6 +61,7 @@ def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator
     yield f"\npeak {needed:.1f} GiB in phase {worst.name!r}: {verdict} in {memory_gib:g} GiB"
     if not fits:
         yield _advice(config, sizes, gpus, memory_gib)
+        yield "reward models may be on the CPU, by their args: {device: cpu}"
     yield ""
     yield from _seconds(config, step, card)
 

@@ -116,7 +116,9 @@ def test_what_is_counted_is_what_autograd_saves(stage, component, call, pipeline
     counted = kept_without_values(subject.build(component), call)
     module = getattr(pipeline, component)
     real = type(module).from_pretrained(MODEL / component).requires_grad_(False).eval()
-    assert weight_bytes(subject, component) == sum(t.nbytes for t in module.state_dict().values())
+    assert weight_bytes(subject, component) == sum(
+        t.nbytes for t in (*module.parameters(), *module.buffers())
+    )
     add_adapter(real, subject.part, LORA.rank, LORA.alpha)
     assert counted == pytest.approx(kept_for_real(real, call), rel=0.05)
 
@@ -158,6 +160,10 @@ def test_what_does_not_fit_is_refused_with_what_would():
     require_fit(better, Scale(), 1, 80 * GIB)
     assert savings(better, Scale(), 1, 80 * GIB) == {}
     assert savings(better, Scale(), 1, 40 * GIB) == {"model.offload": "phase"}
+    assert savings(better, Scale(), 1, 15 * GIB) is None
+    ar = savings(load_config(REAL["ar"]), Scale(), 1, 27 * GIB)  # two phases are in the way
+    assert ar["model.offload"] == "phase" and ar["optim.per_device_train_batch_size"] == 1
+    assert ar["rollout.batch_size"] < 32 and "optim.gradient_checkpointing" not in ar
 
 
 def test_the_tiny_configs_need_little():

@@ -1,6 +1,7 @@
 """Memory on the device by phase and by what holds it, counted before any weight is read."""
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,19 +70,16 @@ def subject_of(config: RunConfig, sizes: Sizes) -> Subject:
 
 def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
     """Of a geometry that divides."""
-    subject, sampling, optim, sde = (
-        subject_of(config, sizes), config.sampling, config.optim, config.sde,
-    )  # fmt: skip
+    subject, sampling, sde = subject_of(config, sizes), config.sampling, config.sde
     groups, count = config.rollout.prompts_per_step // processes, config.rollout.num_generations
     drawn = engine_batches(groups, count, config.rollout.batch_size)
     # the decoder's priors: one a prompt, all in one call
-    written = (
-        drawn if config.stage == "ar" else engine_batches(1, groups, config.rollout.batch_size)
-    )
-    micro = groups * count // optim.per_device_train_batch_size * config.grpo.num_iterations
+    priors = engine_batches(1, groups, config.rollout.batch_size)
+    written = drawn if config.stage == "ar" else priors
+    samples = config.optim.per_device_train_batch_size
+    micro = groups * count // samples * config.grpo.num_iterations
     window = sde.window_size if config.stage == "decoder" else 1
-    at_once = (config.stage == "decoder" and optim.steps_per_backward) or window
-    samples = optim.per_device_train_batch_size
+    at_once = min(window, config.optim.steps_per_backward or window)
     return Step(
         subject,
         workload.tokens(subject, sampling, max(written)),
@@ -150,60 +148,36 @@ def peak(found: Sequence[Phase]) -> Phase:
 
 
 def savings(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> dict | None:
-    """The settings that make it fit, the cheapest first; None: nothing does."""
-    changes: dict[str, Any] = {}
-    while True:
-        now = changed(config, changes)
-        worst = peak(phases(now, step_of(now, sizes, processes), processes))
-        if worst.total <= memory:
-            return changes
-        saving = next(filter(None, (move(now) for move in _MOVES[worst.name])), None)
-        if saving is None:
-            return None
-        changes |= saving
+    """The settings that make it fit, the cheapest first; None: no setting does."""
 
+    def fits(applied: Sequence[dict[str, Any]]) -> bool:
+        now = changed(config, dict(ChainMap(*reversed(applied))))
+        return peak(phases(now, step_of(now, sizes, processes), processes)).total <= memory
 
-def _step_by_step(config: RunConfig) -> dict[str, Any] | None:
-    whole = config.optim.steps_per_backward or config.sde.window_size
-    possible = config.stage == "decoder" and config.grpo.importance_sampling_level == "token"
-    return {"optim.steps_per_backward": 1} if possible and whole > 1 else None
-
-
-def _recompute(config: RunConfig) -> dict[str, Any] | None:
-    on = config.optim.gradient_checkpointing
-    return None if on else {"optim.gradient_checkpointing": True}
-
-
-def _micro_batches(config: RunConfig) -> dict[str, Any] | None:
-    size, times = config.optim.per_device_train_batch_size, config.optim.gradient_accumulation_steps
-    if size == 1:
+    applied: list[dict[str, Any]] = []
+    for saving in _savings(config):
+        if fits(applied):
+            break
+        applied.append(saving)
+    if not fits(applied):
         return None
-    return {
-        "optim.per_device_train_batch_size": 1,
-        "optim.gradient_accumulation_steps": size * times,
-    }
+    for saving in reversed(applied[:-1]):  # what it fits without, the dearest first
+        fewer = [other for other in applied if other is not saving]
+        applied = fewer if fits(fewer) else applied
+    return {name: value for saving in applied for name, value in saving.items()}
 
 
-def _offload(config: RunConfig) -> dict[str, Any] | None:
-    return None if config.model.offload == "phase" else {"model.offload": "phase"}
-
-
-def _engine_batches(config: RunConfig) -> dict[str, Any] | None:
-    size = config.rollout.batch_size
-    return {"rollout.batch_size": size // 2} if size > 1 else None
-
-
-_SAMPLING = (_offload, _engine_batches)
-_UPDATE = (_recompute, _step_by_step, _micro_batches, _offload)
-_MOVES = {
-    "AR tokens": _SAMPLING,
-    "latents": _SAMPLING,
-    "pixels": (_offload,),
-    "rewards": (_offload,),
-    "old log-probs": (_micro_batches, _offload),
-    "update": _UPDATE,
-    "optimizer step": (_offload,),
-}
+def _savings(config: RunConfig) -> Iterator[dict[str, Any]]:
+    optim, size = config.optim, config.rollout.batch_size
+    share = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+    yield {"optim.gradient_checkpointing": True}
+    if config.stage == "decoder" and config.grpo.importance_sampling_level == "token":
+        yield {"optim.steps_per_backward": 1}
+    yield {"optim.per_device_train_batch_size": 1, "optim.gradient_accumulation_steps": share}
+    yield {"model.offload": "phase"}
+    while size > 1:
+        size //= 2
+        yield {"rollout.batch_size": size}
 
 
 def require_fit(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> None:
