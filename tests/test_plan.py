@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.reward_schema import RewardConfig
 from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.inference.adapters import add_adapter
 from duet.inference.shapes import Scale
 from duet.launch import cost, plan
 from duet.train.footprint import Kernel, without_values
 from duet.train.geometry import changed, geometry, nearest_geometry
-from duet.train.memory import GIB, engine_batches, phases, require_fit, savings, step_of
+from duet.train.memory import GIB, engine_batches, peak, phases, require_fit, savings, step_of
 from duet.train.workload import Scoring, Subject, trained_parameters, update, weight_bytes
 from tests.conftest import MODEL, ROOT
 
@@ -138,6 +140,30 @@ def test_a_shipped_config_fits_and_says_its_peak(stage, capsys):
     assert ("logits" in printed) == (stage == "ar")
     assert "128 samples a GPU; 8 updates" in printed and "= 16 samples over all GPUs" in printed
     assert "H100" in printed and "an estimate" in printed and "reward models" in printed
+
+
+OFFLOAD = {"model.offload": "phase"}
+SMALLEST = OFFLOAD | {"lora.rank": 32, "lora.alpha": 64.0}
+SINGLE = {"optim.per_device_train_batch_size": 1, "optim.gradient_accumulation_steps": 16}
+
+
+@pytest.mark.parametrize(
+    ("card", "settings"),
+    [
+        ("80 GB", {"ar": {}, "decoder": {}}),
+        ("48 GB", {"ar": OFFLOAD, "decoder": OFFLOAD}),
+        ("24 GB", {"ar": SMALLEST | SINGLE | {"rollout.batch_size": 8}, "decoder": SMALLEST}),
+    ],
+)
+def test_the_readmes_table_is_the_plans(card, settings):
+    [row] = re.findall(rf"^\| {card}.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for stage, changes in settings.items():
+        config = changed(load_config(REAL[stage]), changes)
+        if "reward models on the CPU" in row:
+            config = replace(config, rewards=(RewardConfig("brisque"),))
+        total = peak(phases(config, step_of(config, Scale(), 1), 1)).total / GIB
+        assert re.search(rf"[:|] {total:.1f} GiB \|", row), (stage, total)
+        assert total < float(card.split()[0]) - 0.5
 
 
 def test_processes_have_buckets_and_their_share():
