@@ -15,6 +15,7 @@ _COMMANDS = {
     "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
     "priors": ("duet.train.priors", "a decoder's prior tokens, made once for its runs"),
     "rewards": ("duet.launch.rewards", "list rewards, score pictures, serve other processes"),
+    "plan": ("duet.launch.plan", "memory, seconds and batches of a config, without a GPU"),
     "settings": ("duet.launch.settings", "every setting: type, range, default, meaning"),
 }
 

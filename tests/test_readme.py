@@ -190,7 +190,7 @@ def test_files_modules_and_rewards_that_the_page_names_exist():
 COMMANDS = re.search(r"`duet ([^`]+)`\s+are", PAGE)[1]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS.split(" | "), "settings"])
+@pytest.mark.parametrize("command", [*COMMANDS.split(" | "), "plan", "settings"])
 def test_every_command_has_help(command, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["duet", command, "--help"])
     with pytest.raises(SystemExit) as left:

@@ -17,7 +17,7 @@ from duet.configs.turns import rollouts_of, trained_rewards, turns
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
-from duet.inference.model import load_pipeline, pick_device
+from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.outline import read_outline
 from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
@@ -25,6 +25,7 @@ from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.environment import require_own_settings
 from duet.train.geometry import geometry
+from duet.train.memory import require_fit
 from duet.train.policy import Policy
 from duet.train.prior_cache import PriorCache, check_cache
 from duet.train.prior_stamp import make_stamp
@@ -60,6 +61,10 @@ def prepare(config: RunConfig) -> Training:
     for part in parts.values():
         require_references(part, rows)
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+        for part in parts.values():
+            require_fit(part, model_folder(config.model.path), processes, memory)
     outline = read_outline(config.model.path)
     size = Size(config.sampling.height, config.sampling.width)
     for each in (rows, held_out):
