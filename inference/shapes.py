@@ -15,6 +15,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from duet.configs.errors import UserError, first_line
+
 CODEBOOK = 16384
 
 
@@ -108,11 +110,14 @@ def build_part(component: str, sizes: Sizes, dtype: torch.dtype, layers: int | N
     """One part, frozen, on the meta device.
 
     `component`: the name that `GlmImagePipeline` gives it; `layers`: of the AR or the DiT, None:
-    its own.
+    its own. Raises UserError where a folder does not tell.
     """
     builders = (_of_folder if isinstance(sizes, Path) else _of_scale)(sizes, layers)
-    with torch.device("meta"), default_dtype(dtype):
-        return builders[component]().requires_grad_(False).eval()
+    try:
+        with torch.device("meta"), default_dtype(dtype):
+            return builders[component]().requires_grad_(False).eval()
+    except OSError as error:
+        raise UserError(f"{component} of {str(sizes)!r}: {first_line(error)}") from error
 
 
 def _of_scale(scale: Scale, layers: int | None) -> dict[str, Callable[[], Module]]:

@@ -34,7 +34,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--card", choices=CARDS, default="h100")
     parser.add_argument("--memory-gib", type=float, help="default: the card's")
     options = parser.parse_args(arguments)
+    if options.gpus < 1:
+        parser.error("--gpus: 1 or more")
     config = load_config(options.config, options.overrides)
+    config.require_trainable()
     card = CARDS[options.card]
     for line in page(config, options.gpus, card, options.memory_gib or card.gib):
         print(line)
@@ -61,7 +64,8 @@ def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator
     yield f"\npeak {needed:.1f} GiB in phase {worst.name!r}: {verdict} in {memory_gib:g} GiB"
     if not fits:
         yield _advice(config, sizes, gpus, memory_gib)
-        yield "reward models may be on the CPU, by their args: {device: cpu}"
+        if "reward models" in worst.held:
+            yield "reward models may be on the CPU, by their args: {device: cpu}"
     yield ""
     yield from _seconds(config, step, card)
 

@@ -1,6 +1,7 @@
 """duet plan: the facts' figures, the shipped configs on their card, and what is refused."""
 
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -52,9 +53,9 @@ def call_ar(ar, count: int):
 
 def kept_without_values(module, call) -> int:
     with without_values(module) as meter:
-        begun = meter.part().live
+        begun = meter.stretch().live
         out = call(module)
-        kept = meter.part().live - begun
+        kept = meter.stretch().live - begun
         assert out.requires_grad
     return kept
 
@@ -198,6 +199,24 @@ def test_the_tiny_configs_need_little():
     with pytest.raises(UserError, match="CUDA context"):
         require_fit(config, MODEL, 1, GIB)
     assert plan.sizes_of(load_config(REAL["ar"])) == Scale()
+
+
+def test_dropout_keeps_what_it_dropped():
+    asked = Scoring(SamplingConfig(height=64, width=96), SdeConfig(), 2, 1)
+    plain, thinned = (
+        update(Subject(MODEL, Arithmetic(), "decoder", lora, False), asked, False)
+        for lora in (LORA, replace(LORA, dropout=0.1))
+    )
+    assert thinned.held["activations"] > 1.02 * plain.held["activations"]
+
+
+def test_a_folder_that_tells_no_sizes_is_a_users_fault(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / "transformer" / "config.json").unlink()
+    subject = Subject(tmp_path / "model", Arithmetic(), "decoder", LORA, False)
+    assert weight_bytes(subject, "vae")
+    with pytest.raises(UserError, match="transformer of '.*model': "):
+        weight_bytes(subject, "transformer")
 
 
 @pytest.mark.parametrize(

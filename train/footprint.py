@@ -32,8 +32,8 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of the code that ran."""
+class Stretch:
+    """Of the code that ran."""
 
     live: int  # bytes at its end
     peak: int  # bytes, the most at once
@@ -53,11 +53,11 @@ class Meter(TorchDispatchMode):
         self.kernels: Counter[Kernel] = Counter()
         self._seen: set[int] = set()
 
-    def part(self) -> "Part":
+    def stretch(self) -> Stretch:
         """What was since the last call."""
-        part = Part(self.live, self.peak, self.kernels)
+        stretch = Stretch(self.live, self.peak, self.kernels)
         self.peak, self.kernels = self.live, Counter()
-        return part
+        return stretch
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.is_view:

@@ -22,6 +22,7 @@ from duet.inference.parts import PARTS, Part
 from duet.inference.prompt import Prompt, text_grids
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, TokenTrajectory
 from duet.inference.shapes import Sizes, build_part
+from duet.train.dropout import lora_dropout
 from duet.train.footprint import Kernel, repeated, without_values
 from duet.train.recompute import recompute_blocks
 
@@ -53,7 +54,8 @@ class Subject:
         module = build_part(component, self.sizes, self.dtype, self.layers)
         if component == self.part.component:
             lora = self.lora
-            add_adapter(module, self.part, lora.rank, lora.alpha, lora.target_modules)
+            names, dropout = lora.target_modules, lora.dropout
+            add_adapter(module, self.part, lora.rank, lora.alpha, names, dropout)
             if self.recomputed:
                 recompute_blocks(module, self.part.block)
         return module
@@ -140,15 +142,15 @@ def tokens(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
     with without_values(ar) as meter, torch.no_grad():
         jobs = [TokenJob(_prompt(sampling), 0) for _ in range(samples)]
         uniform = torch.zeros(samples, dtype=torch.float64)
-        begun = meter.part().live
+        begun = meter.stretch().live
         with subject.running():
             made = TokenDecoder(ar, jobs)
-            prefill = meter.part()
+            prefill = meter.stretch()
             for layer in made.cache.layers:  # a token of the middle stands for all
                 layer.length += made.total // 2
             codebook = ar.config.vq_config.num_embeddings
             made.step(autoregressive.draw(made.logits, uniform, codebook, sampling).token)
-            step = meter.part()
+            step = meter.stretch()
         held = sum(x.nbytes for la in made.cache.layers for x in (la.keys, la.values))
         kernels = prefill.kernels + repeated(step.kernels, made.total)
         return Work({"KV cache": held}, (prefill.peak - begun, step.peak - begun), kernels)
@@ -166,10 +168,10 @@ def latents(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
     dit = subject.build("transformer")
     with without_values(dit) as meter, torch.no_grad():
         x, given = _noise(dit, sampling, samples), _given(dit, sampling, samples)
-        begun = meter.part().live
+        begun = meter.stretch().live
         with subject.running():
             decoder.velocity(dit, x, torch.zeros(samples), given, sampling.guidance_scale)
-        step = meter.part()
+        step = meter.stretch()
         kernels = repeated(step.kernels, sampling.num_inference_steps)
         return Work({}, (step.peak - begun,), kernels)
 
@@ -193,10 +195,10 @@ def pixels(subject: Subject, sampling: SamplingConfig) -> Work:
     with without_values(vae) as meter:
         latent = Size(sampling.height, sampling.width).latent
         noise = torch.zeros(1, vae.config.latent_channels, *latent)
-        begun = meter.part().live
+        begun = meter.stretch().live
         with subject.running():
             pictures.decode(vae, noise)
-        made = meter.part()
+        made = meter.stretch()
         return Work({}, (made.peak - begun,), made.kernels)
 
 
@@ -216,10 +218,10 @@ def scoring(subject: Subject, asked: Scoring) -> Work:
     module = subject.build(subject.part.component)
     with without_values(module) as meter, torch.no_grad():
         score = _scorer(subject, asked, module)
-        begun = meter.part().live
+        begun = meter.stretch().live
         with subject.running():
             score()
-        made = meter.part()
+        made = meter.stretch()
         return Work({}, (made.peak - begun,), made.kernels)
 
 
@@ -231,19 +233,20 @@ def update(subject: Subject, asked: Scoring, reference: bool) -> Work:
         for parameter in _trained(module):
             parameter.grad = torch.zeros_like(parameter)
         score = _scorer(subject, asked, module)
-        begun = meter.part().live
-        with subject.running():
-            scored = score()
-        forward = meter.part()
-        compared = []  # what waits for the loss beside the policy's own
-        if reference:
-            with torch.no_grad(), adapter_disabled(module), subject.running():
-                compared.append(score())
-        beside = meter.part()
-        scored.logprobs.sum().backward()
-        parts = forward, beside, meter.part()
+        begun = meter.stretch().live
+        with lora_dropout(module):
+            with subject.running():
+                scored = score()
+            parts = [meter.stretch()]
+            compared = []  # what waits for the loss beside the policy's own
+            if reference:
+                with torch.no_grad(), adapter_disabled(module), subject.running():
+                    compared.append(score())
+            parts.append(meter.stretch())
+            scored.logprobs.sum().backward()
+        parts.append(meter.stretch())
         logits = _logits_bytes(module, asked) if subject.stage == "ar" else 0
-        kept = {"activations": forward.live - begun - logits, "logits": logits}
+        kept = {"activations": parts[0].live - begun - logits, "logits": logits}
         peaks = tuple(part.peak - begun for part in parts)
         return Work(kept, peaks, sum((part.kernels for part in parts), Counter()))
 
