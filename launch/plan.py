@@ -14,6 +14,7 @@ from typing import Any
 
 from duet.configs.load import load_config
 from duet.configs.schema import RunConfig
+from duet.configs.turns import turns
 from duet.inference.shapes import Scale, Sizes
 from duet.launch.cost import CARDS, COMPUTE, COPY_BANDWIDTH, LAUNCH_SECONDS, MEMORY, Card, costs
 from duet.rewards.sizes import reward_sizes
@@ -36,11 +37,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.gpus < 1:
         parser.error("--gpus: 1 or more")
-    config = load_config(options.config, options.overrides)
-    config.require_trainable()
+    parts = turns(load_config(options.config, options.overrides)).values()
+    for part in parts:
+        part.require_trainable()
     card = CARDS[options.card]
-    for line in page(config, options.gpus, card, options.memory_gib or card.gib):
-        print(line)
+    for part in parts:  # of a run in turns each by itself: the other part's weights wait
+        for line in page(part, options.gpus, card, options.memory_gib or card.gib):
+            print(line)
 
 
 def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator[str]:

@@ -236,8 +236,8 @@ def test_the_nearest_geometry_divides(processes, overrides, nearest):
     assert nearest_geometry(config, processes) == nearest
     if nearest:
         with pytest.raises(UserError):
-            geometry(config, processes)
-    geometry(changed(config, nearest), processes)
+            geometry(config, processes, 1)
+    geometry(changed(config, nearest), processes, 1)
 
 
 @pytest.mark.parametrize(

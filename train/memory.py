@@ -97,7 +97,8 @@ def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
 
 def _rescored(config: RunConfig, processes: int) -> bool:
     """Whether every step has old log-probs of the trainer's own, and not the first one alone."""
-    single = geometry(config, processes).updates_per_rollout == 1 and config.lora.dropout == 0
+    divided = geometry(config, processes, config.train.max_steps)
+    single = divided.updates_per_rollout == 1 and config.lora.dropout == 0
     return config.old_logprobs_of == "trainer" and not single
 
 
