@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A mistake outside the code: name, value, what is allowed, what to do."""
@@ -28,8 +30,9 @@ def first_line(error: Exception) -> str:
 
 
 def tell(text: str) -> None:
-    """A line to the user that ends nothing."""
-    print(f"duet: {text}", file=sys.stderr, flush=True)
+    """A line to the user, never into a progress bar; it ends nothing."""
+    tqdm.write(f"duet: {text}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

@@ -27,6 +27,8 @@ class RewardConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_line = self.label.isprintable() and self.label == self.label.strip()
+        require(one_line, f"{self.title}.label", self.label, "text that prints in one line")
         _require_json(f"{self.title}.args", self.args)
 
     @property

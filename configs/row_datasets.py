@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-def read_dataset(path: str, split: str | None, revision: str | None) -> Table:
-    """A parquet file, a folder, or a hub id.
+def read_dataset(path: str, split: str | None, name: str | None, revision: str | None) -> Table:
+    """A parquet file, a folder, or a hub id; `name` is a configuration of it.
 
     Raises UserError for what `datasets` cannot read, and for a split that must be named.
     """
@@ -21,29 +21,36 @@ def read_dataset(path: str, split: str | None, revision: str | None) -> Table:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is told below
     local = Path(path)
     try:
-        records = _local(local, split) if local.exists() else _hub(path, split, revision)
+        records = (
+            _local(local, split, name) if local.exists() else _hub(path, split, name, revision)
+        )
     except UserError:
         raise
     except Exception as error:  # the readers of many formats raise anything
         reason = str(error) or type(error).__name__
-        raise UserError(f"dataset {path!r} cannot be read: {reason}") from error
-    name = f"{path} ({split})" if split else path
+        asked = "" if local.is_file() else f" (data.train_name or data.eval_name: {name!r})"
+        raise UserError(f"dataset {path!r} cannot be read: {reason}{asked}") from error
+    told = ", ".join(part for part in (name, split) if part)
+    place = f"{path} ({told})" if told else path
     folder = local if local.is_dir() else local.parent
-    return Table(records, lambda index: f"{name}: row {index + 1}", folder.absolute())
+    return Table(records, lambda index: f"{place}: row {index + 1}", folder.absolute())
 
 
-def _hub(path: str, split: str | None, revision: str | None) -> "Dataset":
+def _hub(path: str, split: str | None, name: str | None, revision: str | None) -> "Dataset":
     """From the hub's cache, which `HF_HOME` places; mapped, not held in memory."""
     import datasets
 
-    loaded = datasets.load_dataset(path, revision=revision)
+    loaded = datasets.load_dataset(path, name, revision=revision)
     return _undecoded(_one_split(loaded, path, split))
 
 
-def _local(path: Path, split: str | None) -> Any:
+def _local(path: Path, split: str | None, name: str | None) -> Any:
     import datasets
 
-    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+    saved = any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
+    if name and (saved or path.is_file()):
+        raise UserError(f"dataset {str(path)!r} has no configurations: leave out {name!r}")
+    if saved:
         return _undecoded(_one_split(datasets.load_from_disk(path), str(path), split))
     # as a stream nothing is cached: a file that was edited is read anew, and home stays clean
     with tempfile.TemporaryDirectory(prefix="duet-") as cache:
@@ -51,13 +58,13 @@ def _local(path: Path, split: str | None) -> Any:
             kind, files = "parquet", {"data_files": str(path)}
         else:
             kind, files = str(path), {}
-            builder = datasets.load_dataset_builder(kind, cache_dir=cache)
+            builder = datasets.load_dataset_builder(kind, name, cache_dir=cache)
             module = type(builder).__module__.rpartition(".")[2]
             if module in ("csv", "json", "text"):
                 raise UserError(
                     f"dataset {str(path)!r} is a folder of {module} files: name the file itself"
                 )
-        loaded = datasets.load_dataset(kind, streaming=True, cache_dir=cache, **files)
+        loaded = datasets.load_dataset(kind, name, streaming=True, cache_dir=cache, **files)
         return list(_one_split(loaded, str(path), split).decode(False))
 
 

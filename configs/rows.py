@@ -44,6 +44,7 @@ class Rows(Sequence[Row]):
 def load_rows(
     path: str | Path,
     split: str | None = None,
+    name: str | None = None,
     revision: str | None = None,
     columns: Mapping[str, str] | None = None,
     shape: tuple[int, int] | None = None,
@@ -51,11 +52,12 @@ def load_rows(
 ) -> Rows:
     """Rows of a dataset, all of them checked; relative picture paths are made absolute.
 
+    `split`, `name`, `revision`: what `datasets.load_dataset` calls so.
     `shape`: width and height in proportion to which every picture must be.
     Raises UserError for what cannot be read or is empty, and for a bad row by its place.
     """
     path = os.path.expanduser(path)
-    rows = Rows(_table(path, split, revision), columns or {})
+    rows = Rows(_table(path, split, name, revision), columns or {})
     if not len(rows):
         raise UserError(f"prompt file {path!r} is empty: give at least one row with a prompt")
     found = set()
@@ -76,18 +78,21 @@ def load_rows(
 def rows_of(config: RunConfig, part: Literal["train", "eval"], show: bool = True) -> Rows:
     """The rows that a run trains on or is evaluated on."""
     data, sampling = config.data, config.sampling
-    split = {"train": data.train_split, "eval": data.eval_split}[part]
-    revision = {"train": data.train_revision, "eval": data.eval_revision}[part]
+    split, name, revision = {
+        "train": (data.train_split, data.train_name, data.train_revision),
+        "eval": (data.eval_split, data.eval_name, data.eval_revision),
+    }[part]
     shape = (sampling.width, sampling.height) if data.fit == "refuse" else None
-    return load_rows(getattr(data, part), split, revision, data.columns, shape, show)
+    return load_rows(getattr(data, part), split, name, revision, data.columns, shape, show)
 
 
-def _table(path: str, split: str | None, revision: str | None) -> Table:
+def _table(path: str, split: str | None, name: str | None, revision: str | None) -> Table:
     file = Path(path)
     suffix = file.suffix
     if suffix in TEXT_FILES and not file.is_dir():
-        if split or revision:
-            raise UserError(f"{path} is one file: it has no split {split!r} or revision")
+        if split or name or revision:
+            told = f"split {split!r}, configuration {name!r} or revision {revision!r}"
+            raise UserError(f"{path} is one file: it has no {told}")
         return read_text_file(file)
     if file.is_file() and suffix not in _FILES:
         raise UserError(f"prompt file {path!r}: allowed are {', '.join(_FILES)}")
@@ -97,4 +102,4 @@ def _table(path: str, split: str | None, revision: str | None) -> Table:
         )
     if file.exists() and revision:
         raise UserError(f"{path} is no dataset of the hub: it has no revision {revision!r}")
-    return read_dataset(path, split, revision)
+    return read_dataset(path, split, name, revision)

@@ -51,11 +51,13 @@ class DataConfig(Section):
         "a file, a folder or a hub id: prompt, and what rewards read (text, image, ...)"
     )
     eval: str = setting("the same, of the held-out prompts")
+    train_name: str | None = setting("a configuration of the dataset, where it has several", None)
+    eval_name: str | None = setting("a configuration of the dataset, where it has several", None)
     train_split: str | None = setting("may be left out where there is one", None)
     eval_split: str | None = setting("may be left out where there is one", None)
     train_revision: str | None = setting("a branch, tag or commit of the hub", None)
     eval_revision: str | None = setting("a branch, tag or commit of the hub", None)
-    columns: dict[str, str] = setting("our key: the dataset's column", {})
+    columns: dict[str, str] = setting("our key: the column, of both datasets", {})
     fit: Literal["crop", "refuse"] = setting("a picture of another shape than the run's", "crop")
 
     def __post_init__(self) -> None:

@@ -1,14 +1,18 @@
 """YAML that means one thing: plain values, keys that are text, each once; bounded in size.
 
-Dates stay text: no setting is one. Anchors and merge keys are read as long as what they stand
-for is small.
+Dates stay text: no setting is one. So do 010 and 1:30, which YAML 1.1 reads as 8 and 90. Anchors
+and merge keys are read as long as what they stand for is small.
 """
+
+import re
 
 import yaml
 
 _DEEPEST = 20  # levels
 _MOST_VALUES = 10_000  # aliases counted as what they stand for
 _MERGE = "tag:yaml.org,2002:merge"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OTHER_BASE = re.compile(r"[-+]?0[0-7_]+|.*:.*")  # octal by a mere 0, and base 60
 
 
 def read(text: str) -> object:
@@ -58,6 +62,12 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def resolve(self, kind: type, value: str, implicit: object) -> str:
+        tag = super().resolve(kind, value, implicit)
+        if tag in _NUMBERS and _OTHER_BASE.fullmatch(value):
+            return self.DEFAULT_SCALAR_TAG
+        return tag
 
     def construct_scalar(self, node: yaml.Node) -> object:
         value = super().construct_scalar(node)

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from tqdm import tqdm
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
 from duet.configs.schema import RewardConfig
 from duet.launch import rewards
@@ -129,6 +130,10 @@ OVERRIDES = {
     "seed=2024-13-45": "seed = '2024-13-45' must be of type int",
     "seed=2024-01-02": "seed = '2024-01-02' must be of type int",
     "seed=2024-01-02T03:04:99Z": "seed = '2024-01-02T03:04:99Z' must be of type int",
+    "seed=010": "seed = '010' must be of type int",
+    "seed=-0_7": "seed = '-0_7' must be of type int",
+    "seed=1:30": "seed = '1:30' must be of type int",
+    "optim.learning_rate=0:30.5": "optim.learning_rate = '0:30.5' must be of type float",
     "optim.learning_rate=fast": "optim.learning_rate = 'fast' must be of type float",
     "optim.learning_rate=false": "optim.learning_rate = False must be of type float",
     "optim.learning_rate=[1e-4]": "optim.learning_rate = ['1e-4'] must be of type float",
@@ -185,6 +190,9 @@ OVERRIDES = {
     'data.train=""': "data.train = '' is out of range",
     'train.resume=""': "train.resume = '' is out of range",
     'rewards=[{name: ""}]': "reward ''.name = '' is out of range",
+    r'rewards=[{name: ocr, label: "a\nb"}]': r"reward 'ocr'.label = 'a\nb' is out of range: allowed is text that prints in one line",
+    'rewards=[{name: ocr, label: " "}]': "reward 'ocr'.label = ' ' is out of range",
+    r'rewards=[{name: ocr, label: "a\eb"}]': r"reward 'ocr'.label = 'a\x1bb' is out of range",
     'lora.target_modules=[""]': "lora.target_modules = [''] is out of range",
     "lora.target_modules=[to_q, to_q]": "lora.target_modules = ['to_q', 'to_q'] is out of range: allowed is every name once",
     "train.trackers=[wandb, wandb]": "train.trackers = ['wandb', 'wandb'] is out of range",
@@ -319,6 +327,26 @@ def test_a_reader_that_goes_is_no_traceback():
 def test_args_that_json_cannot_hold_are_refused_however_they_came(value):
     with pytest.raises(UserError, match=r"reward 'ocr'\.args\.a = .* is nothing that JSON holds"):
         RewardConfig("ocr", args={"a": value})
+
+
+def test_a_number_of_another_base_stays_the_text_that_it_is():
+    config = load_config(TINY, ["output_dir=010", "rewards=[{name: ocr, label: 1:30}]"])
+    assert (config.output_dir, config.rewards[0].label) == ("010", "1:30")
+    overrides = ["optim.learning_rate=00.5", "seed=0x10", "rollout.batch_size=1_0"]
+    config = load_config(TINY, overrides)
+    assert (config.optim.learning_rate, config.seed, config.rollout.batch_size) == (0.5, 16, 10)
+
+
+def test_a_line_is_never_glued_to_a_bar(capsys):
+    bar = tqdm(total=2, desc="work", file=sys.stderr)  # as another thread may have one
+
+    def work():
+        raise UserError("no")
+
+    with bar, pytest.raises(SystemExit):
+        exit_on_user_error(work)
+    before, told, _ = capsys.readouterr().err.partition("duet: error: no\n")
+    assert "work:   0%" in before and before.endswith("\r") and told
 
 
 def test_what_is_right_stays_right(tmp_path):

@@ -226,6 +226,41 @@ def test_a_wrong_split_is_refused(forms, form, split, message):
         load_rows(forms[form][0], split, columns=COLUMNS)
 
 
+@pytest.fixture
+def animals(tmp_path):
+    """A folder of two configurations, as the hub has them."""
+    card = "---\nconfigs:\n"
+    for name in ("cats", "dogs"):
+        datasets.Dataset.from_dict({"prompt": [name]}).to_parquet(tmp_path / f"{name}.parquet")
+        card += f"- config_name: {name}\n  data_files: {name}.parquet\n"
+    (tmp_path / "README.md").write_text(card + "---\n")
+    return tmp_path
+
+
+def test_each_set_has_its_configuration(animals):
+    tiny = ROOT / "configs" / "tiny" / "ar.yaml"
+    names = ["data.train_name=cats", "data.eval_name=dogs"]
+    config = load_config(tiny, [f"data.train={animals}", f"data.eval={animals}", *names])
+    assert [rows_of(config, part)[0].prompt for part in ("train", "eval")] == ["cats", "dogs"]
+    assert "(cats): row 1" in rows_of(config, "train")[0].where
+
+
+@pytest.mark.parametrize("name", [None, "birds"])
+def test_a_configuration_is_named_by_its_setting(animals, name):
+    with pytest.raises(UserError) as caught:
+        load_rows(animals, name=name)
+    told = str(caught.value)
+    assert "cats" in told and f"(data.train_name or data.eval_name: {name!r})" in told
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
+def test_what_has_no_configurations_refuses_one(forms, form):
+    with pytest.raises(
+        UserError, match="(has no configurations: leave out|no .*configuration) 'en'"
+    ):
+        load_rows(forms[form][0], name="en", columns=COLUMNS)
+
+
 def test_a_column_that_no_row_has_is_refused(forms):
     with pytest.raises(
         UserError, match="text = 'wrod' is in no row of .*: there are image, prompt, word"
@@ -253,18 +288,18 @@ def test_an_edited_dataset_is_read_anew_and_home_stays_empty(tmp_path, monkeypat
 def test_a_hub_dataset_is_asked_for_by_name_and_revision(monkeypatch):
     asked = []
 
-    def load(path, revision):
-        asked.append((path, revision))
+    def load(path, name, revision):
+        asked.append((path, name, revision))
         return datasets.DatasetDict(test=datasets.Dataset.from_dict({"caption": ["a"]}))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     overrides = [
         "data.eval=owner/prompts", "data.eval_split=test", "data.eval_revision=v2",
-        "data.columns={prompt: caption}",
+        "data.eval_name=en", "data.columns={prompt: caption}",
     ]  # fmt: skip
     config = load_config(ROOT / "configs" / "tiny" / "ar.yaml", overrides)
     assert list(rows_of(config, "eval")) == [{"prompt": "a"}]
-    assert asked == [("owner/prompts", "v2")]
+    assert asked == [("owner/prompts", "en", "v2")]
     with pytest.raises(UserError, match="data.columns = .* names to names"):
         load_config(ROOT / "configs" / "tiny" / "ar.yaml", ["data.columns={prompt: 1}"])
 

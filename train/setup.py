@@ -7,9 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import GlmImagePipeline
-from tqdm import tqdm
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, tell
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
@@ -110,7 +109,7 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
     untold = untold_text(rows)
     read = any(reward.name == "ocr" for reward in trained_rewards(config))
     if untold and read and accelerator.is_main_process:
-        tqdm.write(f"duet: {untold}")
+        tell(untold)
 
 
 def _pipeline(
