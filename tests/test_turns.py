@@ -13,6 +13,7 @@ from duet.configs.load import load_config
 from duet.configs.turns import part_at, rollouts_of, trained_rewards, turns
 from duet.train.collect import collect
 from duet.train.setup import prepare
+from duet.train.tiny import orders
 from tests.conftest import ROOT, train
 
 BOTH = ROOT / "configs" / "tiny" / "both.yaml"
@@ -189,6 +190,20 @@ def test_a_run_of_one_part_does_not_go_on_from_both(run, tmp_path):
     )
     with pytest.raises(UserError, match="is of stage 'ar\\+decoder', the config of 'ar'"):
         prepare(config)
+
+
+def test_all_orders_have_the_same_rollouts(tmp_path):
+    for order in orders.ORDERS:
+        config = load_config(orders.write_config(order, tmp_path))
+        assert {p: rollouts_of(config, p) for p in turns(config)} == {"ar": 45, "decoder": 40}
+
+
+def test_the_table_of_orders_has_a_line_a_run():
+    told = {"change": 0.5, "change_interval": [0.25, 0.75]}
+    results = {"rows": [{"metrics": {}}, {"metrics": {"ocr": told}}]}
+    lines = orders.table({"alternating": [results, results]}).splitlines()
+    assert lines[0] == "| order | seed | ocr |"
+    assert lines[2:] == [f"| alternating | {s} | +0.500 [+0.250, +0.750] |" for s in (0, 1)]
 
 
 def test_an_evaluation_has_the_rewards_of_all_turns():

@@ -34,7 +34,7 @@ def write_config(order: str, folder: Path) -> Path:
     turns = {turn["part"]: turn for turn in tree["stages"]}
     tree["stages"] = [turns[part] | {"steps": steps} for part, steps in ORDERS[order]]
     tree["train"] |= {"max_steps": sum(_STEPS.values()), "save_steps": 85, "trackers": []}
-    path = folder / "config-given.yaml"
+    path = folder / "given.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
