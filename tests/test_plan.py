@@ -193,6 +193,13 @@ def test_what_does_not_fit_is_refused_with_what_would():
     assert ar["rollout.batch_size"] < 32 and "optim.gradient_checkpointing" not in ar
 
 
+def test_turns_are_planned_each_by_itself(capsys):
+    path = REAL["ar"].with_name("both.yaml")
+    plan.main([str(path)])
+    peaks = re.findall(r"peak ([\d.]+) GiB in phase '[\w ]+': fits", capsys.readouterr().out)
+    assert len(peaks) == 2 and all(f"{peak} GiB in the" in path.read_text() for peak in peaks)
+
+
 def test_the_tiny_configs_need_little():
     config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml")
     require_fit(config, plan.sizes_of(config), 1, 4 * GIB)
