@@ -103,7 +103,7 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     arithmetic = choose_arithmetic(options.dtype, trained)
     outline = read_outline(options.model)
     sampling = SamplingConfig(**outline.defaults | given)
-    size = Size(sampling.height, sampling.width)
+    size = Size.of(sampling)
     check_prompts(outline, rows, size)
     folder = Path(options.output)
     make_folder("--output", folder)

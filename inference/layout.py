@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from duet.configs.errors import UserError
+from duet.configs.schema import SamplingConfig
 
 PIXELS_PER_TOKEN = 32
 _PREVIEW_SIDE = 16  # a preview holds about 16 x 16 tokens whatever the image's size
@@ -33,6 +34,10 @@ class Size:
 
     height: int
     width: int
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> "Size":
+        return cls(sampling.height, sampling.width)
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):

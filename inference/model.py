@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,14 +43,20 @@ def model_folder(path: str) -> Path:
         return folder
     if not is_hub_id(path):
         raise UserError(f"model.path = {path!r}: no such folder; give a GLM-Image folder or hub id")
-    _library_bars(sys.stderr.isatty())
     try:
-        return Path(GlmImagePipeline.download(path))
+        return _fetched(path)
     except OSError as error:
         raise UserError(
             f"model.path = {path!r}: no such folder, and as a hub id it cannot be loaded: "
             f"{first_line(error)}"
         ) from error
+
+
+@cache
+def _fetched(hub_id: str) -> Path:
+    """Once a process: the hub is asked each time, for files that are there too."""
+    _library_bars(sys.stderr.isatty())
+    return Path(GlmImagePipeline.download(hub_id))
 
 
 def base_fingerprint(path: str, component: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from duet.configs.load import load_config
 from duet.configs.rows import load_rows
@@ -31,6 +32,11 @@ def train(config: RunConfig) -> Path:
     """A run in this process, as if none had been before it."""
     AcceleratorState._reset_state(True)
     return loop.train(config)
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint, or of a part's folder in one of both."""
+    return load_file(next((folder / "adapter").glob("*.safetensors")))
 
 
 @pytest.fixture(autouse=True)

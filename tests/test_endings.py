@@ -10,24 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
 from duet.inference.engine import Engine
 from duet.train.checkpoint import complete_checkpoints
 from duet.train.policy import Policy
-from tests.conftest import ROOT, train
+from tests.conftest import ROOT, adapter_weights, train
 
 STEPS = ["train.max_steps=3", "train.save_steps=9", "optim.gradient_accumulation_steps=1"]
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((checkpoint / "adapter").glob("*.safetensors")))
-
-
 def assert_same(one: Path, other: Path) -> None:
-    expected, reached = weights(one), weights(other)
+    expected, reached = adapter_weights(one), adapter_weights(other)
     assert expected.keys() == reached.keys()
     assert all(torch.equal(expected[name], reached[name]) for name in expected)
     for name in ("optimizer.bin", "scheduler.bin"):

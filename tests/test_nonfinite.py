@@ -8,20 +8,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
 
 from duet.configs.errors import UserError
 from duet.train import update
 from duet.train.checkpoint import complete_checkpoints
 from duet.train.policy import Policy
 from duet.train.setup import prepare
-from tests.conftest import train
+from tests.conftest import adapter_weights, train
 
 SHARP = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
-
-
-def weights(checkpoint):
-    return load_file(next((checkpoint / "adapter").glob("*.safetensors")))
 
 
 def spoil(monkeypatch, calls, factor) -> None:
@@ -45,7 +40,7 @@ def test_one_bad_micro_batch_skips_its_whole_update(small_run, tmp_path, monkeyp
     assert [s["updates/skipped"] for s in steps] == [0, 1, 0]
     assert steps[1]["grad_norm"] is None and steps[2]["grad_norm"] > 0
     assert steps[0]["learning_rate"] == steps[1]["learning_rate"] > steps[2]["learning_rate"]
-    first, second, third = (weights(c) for c in complete_checkpoints(run))
+    first, second, third = (adapter_weights(c) for c in complete_checkpoints(run))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert any(not torch.equal(value, third[name]) for name, value in first.items())
     kept = run / "skipped" / "step-2" / "process-0"
@@ -61,7 +56,7 @@ def test_one_bad_micro_batch_skips_its_whole_update(small_run, tmp_path, monkeyp
 def test_the_gradients_root_mean_square_is_told(small_run, tmp_path):
     saved = train(small_run("decoder", SHARP, "train.max_steps=1"))
     told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    count = sum(value.numel() for value in weights(saved).values())
+    count = sum(value.numel() for value in adapter_weights(saved).values())
     assert told["grad_rms"] == pytest.approx(told["grad_norm"] / math.sqrt(count))
 
 
@@ -81,7 +76,7 @@ def test_a_run_that_breaks_down_ends_with_finite_checkpoints(
         train(small_run("decoder", *settings))
     assert ended.value.status == 2
     for checkpoint in complete_checkpoints(tmp_path / "run"):
-        assert all(v.isfinite().all() for v in weights(checkpoint).values())
+        assert all(v.isfinite().all() for v in adapter_weights(checkpoint).values())
 
 
 def test_weights_that_are_not_finite_are_never_written(small_run, tmp_path, monkeypatch):

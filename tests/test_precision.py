@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from duet.configs.errors import UserError
@@ -35,7 +34,7 @@ from duet.train.setup import prepare
 from duet.train.stages import DecoderStage
 from duet.train.tiny.gaps import SHIPPED, make_bench, rescored, walk
 from duet.train.tuning import Lora
-from tests.conftest import CLIP, MODEL, ROOT, SAMPLING, SIZE, train
+from tests.conftest import CLIP, MODEL, ROOT, SAMPLING, SIZE, adapter_weights, train
 
 STAGES = ["ar", "decoder"]
 BF16 = Arithmetic("bfloat16", "bf16")
@@ -79,7 +78,7 @@ def test_the_real_configs_settings_train(stage, tmp_path):
             >= 0
         )
         assert step["grad_norm"] > 0
-    saved = load_file(next((checkpoint / "adapter").glob("*.safetensors")))
+    saved = adapter_weights(checkpoint)
     assert all(v.dtype == torch.float32 for v in saved.values())
     assert any(v.abs().max() > 0 for k, v in saved.items() if "lora_B" in k), "it must learn"
 
@@ -184,10 +183,7 @@ def test_a_low_precision_base_resumes_the_very_weights(small_run, stage, tmp_pat
     train(small_run(stage, *common, f"output_dir={whole}"))
     train(small_run(stage, *common, f"output_dir={parts}", "train.max_steps=1"))
     train(small_run(stage, *common, f"output_dir={parts}", "train.resume=latest"))
-    expected, reached = (
-        load_file(next((run / "checkpoint-2" / "adapter").glob("*.safetensors")))
-        for run in (whole, parts)
-    )
+    expected, reached = (adapter_weights(run / "checkpoint-2") for run in (whole, parts))
     assert expected.keys() == reached.keys()
     assert all(torch.equal(value, reached[name]) for name, value in expected.items())
 

@@ -9,9 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.conftest import ROOT, train
+from tests.conftest import ROOT, adapter_weights, train
 
 SMALL = [
     "rollout.prompts_per_step=2",
@@ -35,10 +34,6 @@ def two_processes(stage: str, *overrides: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-
-
-def weights(run):
-    return load_file(next((run / "checkpoint-1" / "adapter").glob("*.safetensors")))
 
 
 def moments(run) -> torch.Tensor:
@@ -76,10 +71,17 @@ def test_two_processes_give_the_update_of_one(small_run, stage, tmp_path):
     assert_one_update(one, two)
     # its step is the learning rate times the gradient's sign: where that is not rounding, the same
     learning_rate = 1e-3
-    single, double = (torch.cat([v.flatten() for v in weights(r).values()]) for r in (one, two))
+    single, double = (
+        torch.cat([v.flatten() for v in adapter_weights(r / "checkpoint-1").values()])
+        for r in (one, two)
+    )
     same = (single - double).abs() < 0.02 * learning_rate
     assert float(same.float().mean()) > 0.99
-    moved = max(float(v.abs().max()) for k, v in weights(one).items() if "lora_B" in k)
+    moved = max(
+        float(v.abs().max())
+        for k, v in adapter_weights(one / "checkpoint-1").items()
+        if "lora_B" in k
+    )
     assert moved == pytest.approx(learning_rate, rel=0.05)
     for key in ("reward", "reward_std", "ratio/mean"):
         assert metrics(one)[key] == pytest.approx(metrics(two)[key], abs=1e-6)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 from duet.configs.digests import write_digests
 from duet.configs.errors import UserError
@@ -22,13 +21,9 @@ from duet.train.checkpoint import complete_checkpoints
 from duet.train.prompts import draw_groups, shard
 from duet.train.setup import prepare
 from duet.train.stages import STAGES
-from tests.conftest import MODEL, SAMPLING, SIZE, train
+from tests.conftest import MODEL, SAMPLING, SIZE, adapter_weights, train
 
 STAGE_NAMES = ["ar", "decoder"]
-
-
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(next((run / f"checkpoint-{step}" / "adapter").glob("*.safetensors")))
 
 
 def moments(run: Path) -> torch.Tensor:
@@ -108,7 +103,11 @@ def test_a_resumed_run_ends_in_the_very_same_weights(small_run, stage, tmp_path)
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     train(small_run(stage, *common, f"output_dir={parts}", "train.resume=latest"))
-    expected, reached, before = weights(whole, 3), weights(parts, 3), weights(parts, 2)
+    expected, reached, before = (
+        adapter_weights(whole / "checkpoint-3"),
+        adapter_weights(parts / "checkpoint-3"),
+        adapter_weights(parts / "checkpoint-2"),
+    )
     assert expected.keys() == reached.keys()
     assert all(torch.equal(expected[k], reached[k]) for k in expected)
     assert any(not torch.equal(before[k], reached[k]) for k in reached), "the last step must learn"
@@ -151,7 +150,10 @@ def test_every_objective_learns_in_the_loop(small_run, stage, overrides, tmp_pat
         assert step["ratio/min"] < 1 < step["ratio/max"]
     if "grpo.importance_sampling_level=sequence" in overrides:
         assert metrics(tmp_path / "run")[0]["ratio/max"] < 1.05, "a mean over actions is tame"
-    before, after = weights(tmp_path / "run", 1), weights(tmp_path / "run", 2)
+    before, after = (
+        adapter_weights(tmp_path / "run" / "checkpoint-1"),
+        adapter_weights(tmp_path / "run" / "checkpoint-2"),
+    )
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -294,7 +296,10 @@ def test_going_back_to_an_older_checkpoint_needs_another_folder(small_run, tmp_p
     common = [f"train.resume={older}", f"output_dir={branch}"]
     assert train(small_run("decoder", "train.max_steps=1", *common)) == older, "nothing to do"
     assert train(small_run("decoder", *common)) == branch / "checkpoint-2"
-    assert all(torch.equal(v, weights(branch, 2)[k]) for k, v in weights(run, 2).items())
+    assert all(
+        torch.equal(v, adapter_weights(branch / "checkpoint-2")[k])
+        for k, v in adapter_weights(run / "checkpoint-2").items()
+    )
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(small_run, tmp_path, monkeypatch):

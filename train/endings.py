@@ -11,7 +11,7 @@ from types import TracebackType
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, first_line
 from duet.rewards.answers import LARGEST
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.checkpoint import save_checkpoint
@@ -72,8 +72,8 @@ class Endings:
             self._writable = False
             for partial in Path(training.config.output_dir).glob(".checkpoint-*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
-            reason = str(error).partition("\n")[0]
-            raise OSError(f"checkpoint-{self.done} could not be written ({reason})") from error
+            told = f"checkpoint-{self.done} could not be written ({first_line(error)})"
+            raise OSError(told) from error
         if training.accelerator.is_main_process:
             limit = training.config.train.save_total_limit
             remove_old(self.newest.parent, limit, start.checkpoint)

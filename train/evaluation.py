@@ -110,7 +110,7 @@ def _evaluate_models(
 
 
 def _size(config: RunConfig) -> Size:
-    return Size(config.sampling.height, config.sampling.width)
+    return Size.of(config.sampling)
 
 
 def _engine(config: RunConfig, checkpoints: Sequence[str]) -> Engine:

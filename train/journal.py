@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
+from duet.configs.errors import tell
 
 LOG_FILE = "train.log"
 
@@ -21,9 +21,7 @@ class Journal:
         file = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._log.addHandler(file)
-        terminal = _BesideBars(logging.INFO)
-        terminal.setFormatter(logging.Formatter("duet: %(message)s"))
-        self._log.addHandler(terminal)
+        self._log.addHandler(_Terminal(logging.INFO))
 
     def tell(self, text: str) -> None:
         self._log.info(text)
@@ -41,6 +39,6 @@ class Journal:
             handler.close()
 
 
-class _BesideBars(logging.Handler):
+class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tell(record.getMessage())

@@ -37,7 +37,7 @@ def fill_cache(config: RunConfig) -> Path:
     state, cache = PartialState(), PriorCache.of(config)
     rows = rows_of(config, "train", state.is_local_main_process)
     require_references(config, rows)
-    size = Size(config.sampling.height, config.sampling.width)
+    size = Size.of(config.sampling)
     check_prompts(read_outline(config.model.path), rows, size, state.is_local_main_process)
     stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
     if from_main(state, lambda: _stands(config, cache, stamp, rows)):
@@ -93,7 +93,7 @@ def _make(
     model, rollout, show = config.model, config.rollout, state.is_local_main_process
     others = [name for name in COMPONENTS if name != AR.component]
     pipeline = load_pipeline(model.path, model.dtype, str(state.device), model.offload, others)
-    size = Size(config.sampling.height, config.sampling.width)
+    size = Size.of(config.sampling)
     engine = Engine.of(pipeline, config, show)
     epochs = [fixed_seeds(len(rows), config.seed, e) for e in range(rollout.priors_per_prompt)]
     seeds = list(zip(*epochs, strict=True))  # by the row, then by the epoch

@@ -58,7 +58,7 @@ class Start:
 
 def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
     """Raises UserError for a model that is not there."""
-    folder = model_folder(config.model.path)  # asked for once: the hub may have to be
+    folder = model_folder(config.model.path)
     model = {name: fingerprint(folder / name) for name in COMPONENTS}
     digest = hashlib.sha256()
     for row in rows:  # a picture by its name: a data set may be moved

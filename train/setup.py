@@ -1,7 +1,7 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.outline import read_outline
-from duet.inference.parts import AR
+from duet.inference.parts import AR, DECODER
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
@@ -65,16 +65,13 @@ def prepare(config: RunConfig) -> Training:
         for part in parts.values():
             require_fit(part, model_folder(config.model.path), processes, memory)
     outline = read_outline(config.model.path)
-    size = Size(config.sampling.height, config.sampling.width)
+    size = Size.of(config.sampling)
     for each in (rows, held_out):
         check_prompts(outline, each, size, show)
-    cached = [part for part in parts.values() if PriorCache.of(part) is not None]
-    for part in cached:
-        ar = start.inputs.model[AR.component]
-        from_main(accelerator, lambda: check_cache(part, make_stamp(part, rows, ar), rows))  # noqa: B023
+    unread = _unread(parts, rows, start, accelerator)
     scorers = load_scorers(parts)
     set_seed(config.seed)
-    pipeline = _pipeline(config, accelerator, [AR.component] if cached else [])
+    pipeline = _pipeline(config, accelerator, unread)
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
@@ -112,6 +109,18 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
         tell(untold)
 
 
+def _unread(
+    parts: Mapping[str, RunConfig], rows: Sequence[Row], start: Start, accelerator: Accelerator
+) -> list[str]:
+    """The AR, where a cache gives the decoder's priors; that it is this run's is checked here."""
+    decoder = parts.get(DECODER.name)
+    if decoder is None or PriorCache.of(decoder) is None:
+        return []
+    ar = start.inputs.model[AR.component]
+    from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar), rows))
+    return [AR.component]
+
+
 def _pipeline(
     config: RunConfig, accelerator: Accelerator, unread: Sequence[str]
 ) -> GlmImagePipeline:
@@ -143,7 +152,6 @@ def _accelerator(config: RunConfig) -> Accelerator:
         raise UserError("train.mixed_precision = 'fp16' needs a GPU: on a CPU take 'bf16' or 'no'")
     return Accelerator(
         mixed_precision=config.train.mixed_precision,
-        gradient_accumulation_steps=config.optim.gradient_accumulation_steps,
         log_with=prepare_trackers(config) or None,
         project_dir=config.output_dir,
         cpu=on_cpu,

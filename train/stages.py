@@ -81,7 +81,7 @@ class ArStage:
 
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine = engine
-        self.size = Size(config.sampling.height, config.sampling.width)
+        self.size = Size.of(config.sampling)
 
     def requests(self, groups: Sequence[Group]) -> list[Request]:
         return [_request(self.engine, group, self.size) for group in groups]
@@ -123,7 +123,7 @@ class DecoderStage:
 
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine, self.config = engine, config
-        self.size = Size(config.sampling.height, config.sampling.width)
+        self.size = Size.of(config.sampling)
         self.cache = PriorCache.of(config)
 
     def requests(self, groups: Sequence[Group]) -> list[Request]:

@@ -158,7 +158,7 @@ def tokens(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
 
 def _prompt(sampling: SamplingConfig) -> Prompt:
     ids = torch.zeros(PROMPT_TOKENS, dtype=torch.int64)
-    grids = text_grids(Size(sampling.height, sampling.width))
+    grids = text_grids(Size.of(sampling))
     return Prompt(ids, ids.expand(3, -1), PROMPT_TOKENS, grids)
 
 
@@ -177,12 +177,12 @@ def latents(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
 
 
 def _noise(dit: Module, sampling: SamplingConfig, samples: int) -> Tensor:
-    latent = Size(sampling.height, sampling.width).latent
+    latent = Size.of(sampling).latent
     return torch.zeros(samples, dit.config.in_channels, *latent)
 
 
 def _given(dit: Module, sampling: SamplingConfig, samples: int) -> Conditions:
-    size, width = Size(sampling.height, sampling.width), dit.config.text_embed_dim
+    size, width = Size.of(sampling), dit.config.text_embed_dim
     glyphs, null = (torch.zeros(n, GLYPH_TOKENS, width, dtype=dit.dtype) for n in (samples, 1))
     prior = torch.zeros(samples, size.dit_tokens, dtype=torch.int64)
     return Conditions(glyphs, prior, null, size)
@@ -193,7 +193,7 @@ def pixels(subject: Subject, sampling: SamplingConfig) -> Work:
     """A picture out of the VAE."""
     vae = subject.build("vae")
     with without_values(vae) as meter:
-        latent = Size(sampling.height, sampling.width).latent
+        latent = Size.of(sampling).latent
         noise = torch.zeros(1, vae.config.latent_channels, *latent)
         begun = meter.stretch().live
         with subject.running():
