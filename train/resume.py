@@ -12,9 +12,11 @@ from duet.configs.digests import Damaged
 from duet.configs.errors import UserError, require_folder, tell
 from duet.configs.row import PICTURES, Row
 from duet.configs.schema import RunConfig
-from duet.inference.adapter_files import read_adapter
+from duet.inference.adapter_files import AdapterInfo
 from duet.inference.fingerprint import fingerprint
 from duet.inference.model import COMPONENTS, model_folder
+from duet.inference.provenance import Provenance
+from duet.inference.trained import averaged, check_trained
 from duet.train.checkpoint import Inputs, Position, checkpoints, read_position
 from duet.train.metrics import read_metrics
 
@@ -23,7 +25,9 @@ _KEPT = (
     "seed",
     "sampling",
     "sde",
+    "tuning",
     "lora",
+    "average",
     "optim",
     "rollout.prompts_per_step",
     "rollout.num_generations",
@@ -31,6 +35,8 @@ _KEPT = (
     "model.dtype",
     "train.mixed_precision",
 )
+# of these what changes memory alone
+_FREE = ("optim.gradient_checkpointing", "optim.steps_per_backward")
 # what may be changed on purpose, and is told
 _TOLD = ("rewards", "grpo", "train.max_steps")
 
@@ -137,7 +143,8 @@ def _require_agreement(
             f"{processes} processes, but {checkpoint} was trained with "
             f"{position.num_processes}: launch that many"
         )
-    for name, was, now in _changes(position, config, _KEPT):
+    kept = [name for name in _KEPT if name != "lora" or config.tuning == "lora"]
+    for name, was, now in _changes(position, config, kept):
         raise UserError(
             f"{name} = {now!r}, but {checkpoint} was trained with {was!r}: "
             "give that to go on, or begin a new run in another output_dir"
@@ -153,26 +160,36 @@ def _require_agreement(
             f"data.train = {config.data.train!r} has other rows than {checkpoint} was trained "
             "with: give those to go on, or begin a new run in another output_dir"
         )
-    adapter = read_adapter(path).info
-    shape = adapter.stage, adapter.lora.rank, adapter.lora.alpha
-    if shape != (config.stage, config.lora.rank, config.lora.alpha):
-        raise UserError(
-            f"{checkpoint} holds an adapter of stage, rank and alpha {shape}, not of its config"
-        )
+    for folder in [path, averaged(path)] if config.average else [path]:
+        _require_shape(check_trained(folder, config.model.path), folder, config)
+
+
+def _require_shape(found: Provenance, folder: str | Path, config: RunConfig) -> None:
+    """What is to be read back is what the config trains."""
+    held, asked = [found.stage, "full"], [config.stage, config.tuning]
+    if isinstance(found, AdapterInfo):
+        held[1:] = ["lora", found.lora.rank, found.lora.alpha]
+    if config.tuning == "lora":
+        asked += [config.lora.rank, config.lora.alpha]
+    if held != asked:
+        told, wanted = (", ".join(map(str, each)) for each in (held, asked))
+        raise UserError(f"checkpoint {str(folder)!r} holds {told}, and its config trains {wanted}")
 
 
 def _changes(
     position: Position, config: RunConfig, names: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
     """(setting, then, now) of those below `names` that differ."""
-    saved = _flat(position.config)
-    for name, now in _flat(json.loads(json.dumps(asdict(config)))).items():
+    for name, was, now in _differences(position.config, json.loads(json.dumps(asdict(config)))):
         meant = any(name == n or name.startswith(f"{n}.") for n in names)
-        if meant and saved.get(name, now) != now:
-            yield name, saved[name], now
+        if meant and name not in _FREE:
+            yield name, was, now
 
 
-def _flat(tree: dict) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, one level deep."""
-    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in tree.items()}
-    return {f"{k}.{n}".rstrip("."): v for k, part in sections.items() for n, v in part.items()}
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, then, now); of mappings what both sides know."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in (key for key in now if key in was):
+            yield from _differences(was[key], now[key], f"{name}.{key}".lstrip("."))
+    elif was != now:
+        yield name, was, now

@@ -14,7 +14,6 @@ from duet.configs.errors import UserError
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
-from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline, pick_device
 from duet.inference.prompt_check import check_prompts
@@ -31,7 +30,7 @@ from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
 from duet.train.together import from_main
 from duet.train.trackers import prepare_trackers, tracker_arguments
-from duet.train.tuning import Lora
+from duet.train.tuning import tuning_of
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ def prepare(config: RunConfig) -> Run:
     gate.check_schedule(engine, stage.size)
     gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
     base = start.inputs.model[stage.part.component]
-    info = AdapterInfo(config.stage, model.path, base, config.arithmetic, config.lora)
     module = stage.part.module(pipeline)
     engine.placement.bring(stage.part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, stage.part.block)
-    policy = Policy(accelerator, module, Lora(info), config.optim, divided.updates)
+    tuning = tuning_of(config, base)
+    policy = Policy(accelerator, module, tuning, config.optim, divided.updates, config.average)
     if start.checkpoint:
         policy.load(start.checkpoint)
     if accelerator.is_main_process:
