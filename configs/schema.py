@@ -345,6 +345,11 @@ class RunConfig(Section):
         require(trained, "rewards' weights", 0, "at least one that is not 0, to train on")
         watched = bool(self.watch.rewards) or not self.watch.stop
         require(watched, "watch.stop", True, "false without watch.rewards")
+        mixed, dtype = self.train.mixed_precision, self.model.dtype
+        # the part is float32 then: without autocast it would run in float32 too
+        lowered = self.tuning == "lora" or dtype == "float32" or mixed != "no"
+        allowed = f"'bf16' or 'fp16' with tuning = 'full' and model.dtype = {dtype!r}"
+        require(lowered, "train.mixed_precision", mixed, allowed)
         if self.stage == "ar":
             top_k = self.sampling.top_k
             require(top_k != 1, "sampling.top_k", top_k, "0 or >= 2 to train the AR")

@@ -78,8 +78,6 @@ def prepare(config: RunConfig) -> Run:
     stage = STAGES[config.stage](engine, config)
     for each in (rows, held_out):
         check_prompts(pipeline, each, stage.size, accelerator.is_local_main_process)
-    gate.check_schedule(engine, stage.size)
-    gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
     base = start.inputs.model[stage.part.component]
     module = stage.part.module(pipeline)
     engine.placement.bring(stage.part.component)
@@ -89,6 +87,8 @@ def prepare(config: RunConfig) -> Run:
     policy = Policy(accelerator, module, tuning, config.optim, divided.updates, config.average)
     if start.checkpoint:
         policy.load(start.checkpoint)
+    gate.check_schedule(engine, stage.size)
+    gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     weights = torch.tensor([r.weight for r in config.rewards])
