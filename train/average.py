@@ -24,15 +24,19 @@ class Average:
     def values(self) -> list[Tensor]:
         return self.model.shadow_params
 
+    @property
+    def updates(self) -> int:
+        """How many it has seen, those before `start` too."""
+        return self.model.optimization_step
+
     def step(self, trained: Sequence[Parameter]) -> None:
         """After an update of the weights."""
         self.model.step(trained)
 
     def write(self, folder: Path) -> None:
-        """How many updates it has seen; the values are the tuning's to write."""
+        """The count of updates; the values are the tuning's to write."""
         folder.mkdir()
-        state = {"updates": self.model.optimization_step}
-        (folder / _STATE).write_text(json.dumps(state))
+        (folder / _STATE).write_text(json.dumps({"updates": self.updates}))
 
     @torch.no_grad()
     def read(self, folder: Path, trained: Sequence[Parameter]) -> None:
