@@ -1,5 +1,6 @@
 """What a user did wrong: one clear line and exit status 2."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
     Ctrl-C ends with 130, as shells expect (128 + the signal's number).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path is printed as the bytes that it is
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         try:
             main()

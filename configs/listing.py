@@ -28,7 +28,10 @@ def settings(section: type = RunConfig, where: str = "") -> Iterator[Listed]:
         items = get_args(hint)[0] if get_origin(hint) is tuple else None
         optional = [part for part in get_args(hint) if items is None and is_dataclass(part)]
         if is_dataclass(hint):
-            yield from settings(hint, f"{name}.")
+            if where.endswith("[]."):
+                yield Listed(name, "section", "the run's", "", known.metadata["meaning"])
+            else:
+                yield from settings(hint, f"{name}.")
             continue
         default = "required" if known.default is MISSING else _value(known.default)
         if known.default_factory is not MISSING:
@@ -46,7 +49,8 @@ def _kind(hint: Any) -> str:
         return " | ".join(map(_value, get_args(hint)))
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
-        return f"list of {'rewards' if is_dataclass(item) else _kind(item)}"
+        named = item.__name__.removesuffix("Config").lower() + "s" if is_dataclass(item) else ""
+        return f"list of {named or _kind(item)}"
     if hint is NoneType:
         return "null"
     if is_dataclass(hint):

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from duet.configs import strict_yaml
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.configs.setting import shown
+from duet.configs.turns import inherit, trained_rewards
 
 _MOST_BYTES = 2**17  # of a config
 _LISTS = "a list is given whole, as rewards='[{name: ocr, weight: 0.5}]'"
@@ -26,7 +27,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_tree(path)
     for override in overrides:
         _apply(tree, override)
-    return build(RunConfig, tree, "")
+    config = build(RunConfig, inherit(tree), "")
+    trained_rewards(config)  # what turns have to agree in
+    return config
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if is_dataclass(hint):
         return build(hint, value, where)
-    if origin is UnionType:
+    if origin in (Union, UnionType):  # typing makes the first of `Literal[...] | None`
         if value is None and NoneType in get_args(hint):
             return None
         return _convert(next(h for h in get_args(hint) if h is not NoneType), value, where)

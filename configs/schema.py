@@ -7,6 +7,7 @@ Upper ends are far beyond honest use: they catch a slip of the hand. Imports no 
 from dataclasses import dataclass
 from typing import Literal
 
+from duet.configs.errors import UserError
 from duet.configs.reward_schema import RewardConfig, require_names_once
 from duet.configs.setting import Section, require, setting
 
@@ -21,7 +22,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
     offload: Literal["none", "phase"] = setting(
-        "phase: parts that a phase does not need wait on the CPU", "none"
+        "phase: parts and reward models that a phase does not need wait on the CPU", "none"
     )
 
 
@@ -87,6 +88,22 @@ class RolloutConfig(Section):
     )
     batch_size: int = setting(
         "samples the engine runs at once, on one process", 16, least=1, most=_MANY
+    )
+    priors: Literal["auto", "sampled", "reference"] = setting(
+        "decoder: prior tokens are sampled by the AR, or encoded from the row's image; auto: "
+        "encoded where the row has one",
+        "auto",
+    )
+    prior_cache: str | None = setting(
+        "decoder: the folder that `duet priors` has filled; the AR's weights are not read then. "
+        "null: priors are made anew in each rollout",
+        None,
+    )
+    priors_per_prompt: int = setting(
+        "sampled priors in the cache; epoch by epoch a prompt has its next one",
+        4,
+        least=1,
+        most=10_000,
     )
 
 
@@ -285,13 +302,34 @@ class WatchConfig(Section):
 
 
 @dataclass(frozen=True)
+class TurnConfig(Section):
+    """What it leaves out it has from the run's own sections, key by key."""
+
+    title = "stages[]"
+
+    part: Literal["ar", "decoder"] = setting("the part that is trained, once in the list")
+    steps: int = setting("rollouts before the next turn", least=1, most=_MANY)
+    rewards: tuple[RewardConfig, ...] = setting("what is trained on", ())
+    sde: SdeConfig = setting("the decoder's noise", SdeConfig())
+    grpo: GrpoConfig = setting("the objective", GrpoConfig())
+    tuning: Literal["lora", "full"] = setting("as the run's", "lora")
+    lora: LoraConfig = setting("the adapter", LoraConfig())
+    average: AverageConfig | None = setting("as the run's", None)
+    optim: OptimConfig = setting("the updates", OptimConfig())
+    watch: WatchConfig = setting("against reward hacking", WatchConfig())
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     title = ""
 
-    stage: Literal["ar", "decoder"] = setting("the part that is trained")
+    stage: Literal["ar", "decoder"] | None = setting("the part that is trained", None)
+    stages: tuple[TurnConfig, ...] = setting(
+        "instead of stage: turns, walked in order again and again until train.max_steps", ()
+    )
     model: ModelConfig = setting("what is trained")
     data: DataConfig = setting("prompts")
-    rewards: tuple[RewardConfig, ...] = setting("what is trained on")
+    rewards: tuple[RewardConfig, ...] = setting("what is trained on", ())
     output_dir: str = setting("folder of the run")
     seed: int = setting("of prompts, noise and tokens", 0, least=0, most=2**32 - 1)
     sampling: SamplingConfig = setting("how pictures are sampled", SamplingConfig())
@@ -328,7 +366,15 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.rewards) > 0, "rewards", [], "at least one reward")
+        if (self.stage is None) == (not self.stages):
+            raise UserError("give either stage (ar or decoder) or stages (a list of turns)")
+        parts = [turn.part for turn in self.stages]
+        require(len(set(parts)) == len(parts), "stages", parts, "every part once")
+        require(bool(self.stages or self.rewards), "rewards", [], "at least one reward")
+        cache = self.rollout.prior_cache
+        require(
+            "ar" not in parts or cache is None, "rollout.prior_cache", cache, "null with stages"
+        )
         require_names_once("rewards", self.rewards, "every name once: give a label")
         require_names_once(
             "rewards and eval.rewards",

@@ -62,8 +62,8 @@ class TokenDecoder:
         groups = [list(group) for _, group in groupby(jobs, key=lambda job: id(job.prompt))]
         config = model.config.text_config
         prompts = PromptBatch.of([g[0].prompt for g in groups], config.pad_token_id, model.device)
-        sizes = torch.tensor([len(g) for g in groups], device=model.device)
-        rows = torch.arange(len(groups), device=model.device).repeat_interleave(sizes)
+        owners = [i for i, group in enumerate(groups) for _ in group]
+        rows = torch.tensor(owners, device=model.device)
         self.batch = prompts[rows]
         cache = DynamicCache(config=config)
         # what a written token sees, bool [B, 1, 1, P + T]: made once, for no token waits for it

@@ -6,6 +6,7 @@ arithmetic: a policy is its weights and the precision that they are run in.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from diffusers import GlmImagePipeline
@@ -18,7 +19,7 @@ from duet.configs.errors import UserError
 from duet.configs.schema import AUTOCAST, Arithmetic, RunConfig, SamplingConfig, SdeConfig
 from duet.inference import autoregressive, decoder, decoding, pictures
 from duet.inference.autoregressive import TokenScores
-from duet.inference.batching import in_batches
+from duet.inference.batching import in_batches, pack
 from duet.inference.decoder import LatentJob, StepScores, sample_latents
 from duet.inference.decoding import TokenJob
 from duet.inference.flow import make_schedule
@@ -63,8 +64,6 @@ class Engine:
         self.batch_size = batch_size
         self.autocast = autocast
         self.progress = progress
-        self.placement.bring("text_encoder", "transformer", "vae")
-        self.null_glyphs = self._glyphs("")
 
     @classmethod
     def of(cls, pipeline: GlmImagePipeline, config: RunConfig, progress: bool = True) -> "Engine":
@@ -101,6 +100,17 @@ class Engine:
             Rollout(request, pictures.to_images(made.pixels), prior, own, made.latents)
             for request, prior, own, made in zip(requests, priors, tokens, decoded, strict=True)
         ]
+
+    def in_parts(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Rollout]]]:
+        """Rollouts as they are made, each with its request's place: what memory holds of any
+        number of requests is a part, whole requests of about `batch_size` samples.
+        """
+        total = sum(map(len, requests))
+        with self._bar(total, "pictures") as bar:
+            for part in pack(requests, self.batch_size, weight=len):
+                # unnamed, or it would be held while the next part is made
+                yield list(zip(part, self.rollout([requests[i] for i in part]), strict=True))
+                bar.update(sum(len(requests[i]) for i in part))
 
     def priors(self, requests: Sequence[Request]) -> list[Tensor]:
         """The AR's large grid for every sample, int64 [N, h * w], without a picture."""
@@ -195,6 +205,11 @@ class Engine:
         upsampled = upsample_prior(prior, request.size.grid)
         null = self.null_glyphs.to(glyphs.dtype)  # made before training set the DiT's
         return Conditions(glyphs, upsampled, null, request.size)
+
+    @cached_property
+    def null_glyphs(self) -> Tensor:
+        """[1, L0, D], what guidance contrasts a prompt's with."""
+        return self._glyphs("")
 
     def _glyphs(self, prompt: str) -> Tensor:
         with self.arithmetic():

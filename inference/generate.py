@@ -2,13 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
-from duet.configs.errors import UserError, exit_on_user_error, require_folder
+from tqdm import tqdm
+
+from duet.configs.errors import UserError, exit_on_user_error
+from duet.configs.outputs import make_folder, write_new
 from duet.configs.row import Row, check_row
 from duet.configs.rows import load_rows
 from duet.configs.schema import Arithmetic, SamplingConfig
+from duet.inference.batching import pack
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -22,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", default=[], help="may be repeated")
     add("--prompts", help="a dataset with a `prompt`: JSONL, CSV, text, parquet, ...")
     add("--adapter", action="append", default=[], help="a checkpoint-N; one for each module")
+    add("--average", action="store_true", help="the moving averages of the checkpoints' weights")
     add("--output", default="runs/images", help="folder for the PNG files")
     add("--num-images", type=int, default=1, help="pictures of each prompt")
     add("--seed", type=int, default=0, help="picture i of a prompt takes seed + i")
@@ -51,14 +57,17 @@ def main(arguments: list[str] | None = None) -> None:
         rows += load_rows(options.prompts, show=True)
     if not rows:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE.jsonl")
-    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} = {value}: allowed is >= {least}")
     for path in generate(options, rows):
-        print(path)
+        tqdm.write(str(path))  # not into a bar
+        sys.stdout.flush()
 
 
+_MOST_PICTURES = 1_000_000  # more than anybody waits for
+_BOUNDS = {
+    "num_images": (1, _MOST_PICTURES),
+    "batch_size": (1, _MOST_PICTURES),
+    "seed": (0, 2**63 - 1 - _MOST_PICTURES),  # a picture's own seed fits 63 bits
+}
 _SETTINGS = (
     "height",
     "width",
@@ -70,56 +79,77 @@ _SETTINGS = (
 )
 
 
-def generate(options: argparse.Namespace, rows: Sequence[Row]) -> list[Path]:
-    """Write one PNG a picture; returns their paths. Existing files are never replaced."""
-    folder = Path(options.output)
-    require_folder("--output", folder)
+def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]:
+    """Write one PNG a picture as it is made, yielding its path; no file is ever replaced.
+
+    Raises UserError, before weights are read, for options, adapters, prompts and folders that
+    are wrong.
+    """
+    _check_counts(options, len(rows))
+    given = {n: getattr(options, n) for n in _SETTINGS if getattr(options, n) is not None}
+    SamplingConfig(**given)  # raises for what is out of range
     # torch loads slowly: after the options are known good
-    from duet.inference.adapter_files import check_adapter
-    from duet.inference.adapters import load_adapter
+    from duet.inference.adapter_set import joined_adapters
     from duet.inference.engine import Engine, autocast_dtype
     from duet.inference.layout import Size
-    from duet.inference.model import generation_defaults, load_pipeline
+    from duet.inference.model import load_pipeline
+    from duet.inference.outline import read_outline
+    from duet.inference.pictures import to_png
     from duet.inference.prompt_check import check_prompts
     from duet.inference.request import Request
+    from duet.inference.trained import load_trained
 
-    for adapter in options.adapter:  # before the model's weights are read
-        check_adapter(adapter, options.model)
-    arithmetic = choose_arithmetic(options.dtype, options.adapter)
+    adapters = joined_adapters("--adapter", options.adapter, options.model, options.average)
+    trained = {adapter: info.arithmetic for adapter, info in adapters.items()}
+    arithmetic = choose_arithmetic(options.dtype, trained)
+    outline = read_outline(options.model)
+    sampling = SamplingConfig(**outline.defaults | given)
+    size = Size(sampling.height, sampling.width)
+    check_prompts(outline, rows, size)
+    folder = Path(options.output)
+    make_folder("--output", folder)
     pipeline = load_pipeline(options.model, arithmetic.dtype)
-    given = {n: getattr(options, n) for n in _SETTINGS if getattr(options, n) is not None}
-    sampling = SamplingConfig(**generation_defaults(pipeline) | given)
     told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
     print(f"{told}, {arithmetic.precision}", file=sys.stderr)
-    for adapter in options.adapter:
-        load_adapter(pipeline, adapter)
+    for adapter in adapters:
+        load_trained(pipeline, adapter)
     engine = Engine(
         pipeline,
         sampling,
         batch_size=options.batch_size,
         autocast=autocast_dtype(arithmetic),
     )
-    seeds = tuple(range(options.seed, options.seed + options.num_images))
-    size = Size(sampling.height, sampling.width)
-    check_prompts(pipeline, rows, size)
-    requests = [Request(row.prompt, seeds, size) for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, rollout in enumerate(engine.rollout(requests)):
-        for seed, image in zip(seeds, rollout.images, strict=True):
-            paths.append(_free_path(folder, f"{number:03d}-seed{seed}"))
-            image.save(paths[-1])
-    return paths
+    seeds = range(options.seed, options.seed + options.num_images)
+    # a prompt with more pictures than a batch holds is asked for by shares
+    shares = [tuple(seeds[i] for i in share) for share in pack(seeds, options.batch_size)]
+    asked = [
+        (n, Request(row.prompt, share, size)) for n, row in enumerate(rows) for share in shares
+    ]
+    for part in engine.in_parts([request for _, request in asked]):
+        for place, rollout in part:
+            number, request = asked[place]
+            for seed, image in zip(request.seeds, rollout.images, strict=True):
+                yield _write(to_png(image), folder, f"{number:03d}-seed{seed}")
 
 
-def choose_arithmetic(dtype: str | None, adapters: Sequence[str]) -> Arithmetic:
-    """What was asked for, else what the adapters were trained in, so that theirs is the policy.
+def _check_counts(options: argparse.Namespace, prompts: int) -> None:
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(options, name)
+        if not least <= value <= most:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} = {value}: allowed is {least} <= x <= {most:,}")
+    if prompts * options.num_images > _MOST_PICTURES:
+        raise UserError(
+            f"{prompts} prompts x --num-images = {options.num_images}: allowed are "
+            f"{_MOST_PICTURES:,} pictures in all, divide the prompts"
+        )
 
-    Raises UserError where they differ, and for a folder that holds no adapter.
+
+def choose_arithmetic(dtype: str | None, trained: Mapping[str, Arithmetic]) -> Arithmetic:
+    """What was asked for, else what the adapters were `trained` in, so that theirs is the policy.
+
+    Raises UserError where they differ.
     """
-    from duet.inference.adapter_files import adapter_info
-
-    trained = {adapter: adapter_info(adapter).arithmetic for adapter in adapters}
     if dtype is not None:
         return Arithmetic(dtype)
     if len(set(trained.values())) > 1:
@@ -131,11 +161,15 @@ def choose_arithmetic(dtype: str | None, adapters: Sequence[str]) -> Arithmetic:
     return next(iter(trained.values()), Arithmetic())
 
 
-def _free_path(folder: Path, stem: str) -> Path:
-    path, copy = folder / f"{stem}.png", 1
-    while path.exists():
-        path, copy = folder / f"{stem}-{copy}.png", copy + 1
-    return path
+def _write(content: bytes, folder: Path, stem: str) -> Path:
+    """Under the first name that is free, whoever else writes there."""
+    for copy in count():
+        path = folder / (f"{stem}-{copy}.png" if copy else f"{stem}.png")
+        try:
+            write_new(path, content)
+        except FileExistsError:
+            continue
+        return path
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 import logging
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import GlmImagePipeline
 from diffusers.utils import logging as diffusers_logging
+from torch.nn import Module
+from transformers import GlmImageConfig
 from transformers.utils import logging as transformers_logging
 
 from duet.configs.errors import UserError, first_line
@@ -14,8 +18,6 @@ from duet.configs.hub import is_hub_id
 from duet.inference.fingerprint import fingerprint
 
 COMPONENTS = ("vision_language_encoder", "transformer", "vae", "text_encoder")  # with weights
-# what `generate` of transformers takes where a checkpoint's generation config says nothing
-STOCK_GENERATION = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -55,19 +57,36 @@ def base_fingerprint(path: str, component: str) -> str:
     return fingerprint(model_folder(path) / component)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What stands for the AR where its weights are not needed."""
+
+    config: GlmImageConfig
+
+
 def load_pipeline(
-    path: str, dtype: str = "float32", device: str = "auto", offload: str = "none"
+    path: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    offload: str = "none",
+    unread: Iterable[str] = (),
 ) -> GlmImagePipeline:
     """The seven parts of a local folder or a hub id, frozen, in eval mode.
 
-    With `offload` phase on the CPU, where they wait for their phase.
+    With `offload` phase on the CPU, where they wait for their phase. `unread` components
+    are left out, with their weights; of the AR the config stays.
 
     Raises UserError when there is no such model.
     """
-    folder = model_folder(path)
+    folder, without = model_folder(path), dict.fromkeys(unread)
     _library_bars(sys.stderr.isatty())
     try:
-        pipeline = GlmImagePipeline.from_pretrained(str(folder), dtype=getattr(torch, dtype))
+        pipeline = GlmImagePipeline.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), **without
+        )
+        if "vision_language_encoder" in without:
+            config = GlmImageConfig.from_pretrained(folder / "vision_language_encoder")
+            pipeline.vision_language_encoder = Unread(config)
     except OSError as error:
         raise UserError(f"model.path = {path!r}: cannot be loaded: {first_line(error)}") from error
     _library_bars(False)  # later ones, as of writing an adapter, would break into Duet's own
@@ -90,22 +109,13 @@ def _library_bars(shown: bool) -> None:
 
 def freeze(pipeline: GlmImagePipeline) -> GlmImagePipeline:
     """No part requires gradients; all are in eval mode."""
-    for name in COMPONENTS:
-        getattr(pipeline, name).requires_grad_(False).eval()
+    for part in components(pipeline).values():
+        part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def generation_defaults(pipeline: GlmImagePipeline) -> dict[str, float]:
-    """The sampling settings that stock generation takes for this checkpoint; size in pixels.
-
-    The size is the VAE's `sample_size` where that is a [height, width] pair, else the
-    processor's. The pipeline's 50 steps and guidance scale 1.5 are the schema's own.
-    """
-    size = pipeline.vae.config.sample_size
-    if not isinstance(size, list | tuple):
-        size = pipeline.processor.target_h, pipeline.processor.target_w
-    config = pipeline.vision_language_encoder.generation_config
-    named = {name: getattr(config, name) for name in STOCK_GENERATION}
-    named = {name: value for name, value in named.items() if value is not None}
-    return {"height": size[0], "width": size[1]} | STOCK_GENERATION | named
+def components(pipeline: GlmImagePipeline) -> dict[str, Module]:
+    """Those with weights, without what was not read."""
+    parts = {name: getattr(pipeline, name) for name in COMPONENTS}
+    return {name: part for name, part in parts.items() if isinstance(part, Module)}

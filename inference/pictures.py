@@ -1,5 +1,7 @@
 """Pictures in and out: latents to pixels, pixels to pictures, a picture to its tokens."""
 
+import io
+
 import numpy as np
 import torch
 from diffusers import GlmImagePipeline
@@ -12,22 +14,38 @@ from duet.configs.pictures import fit
 from duet.inference.layout import Size
 
 _PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
+_MEGAPIXEL = 1024 * 1024
+
+
+def decode_pixels(vae, latents: Tensor) -> np.ndarray:
+    """Standardised latents [B, C, h, w] -> float32 pixels [B, H, W, 3] in [0, 1].
+
+    About a megapixel at once: the VAE's widest layer holds 512 channels of every pixel.
+    """
+    at_once = max(1, _MEGAPIXEL // (64 * latents.shape[-2] * latents.shape[-1]))
+    decoded = (decode(vae, part) for part in latents.split(at_once))
+    return np.concatenate([_PROCESSOR.postprocess(p, output_type="np") for p in decoded])
 
 
 @torch.no_grad()
-def decode_pixels(vae, latents: Tensor) -> np.ndarray:
-    """Standardised latents [B, C, h, w] -> float32 pixels [B, H, W, 3] in [0, 1]."""
+def decode(vae, latents: Tensor) -> Tensor:
+    """Standardised latents [B, C, h, w] -> float32 pixels [B, 3, H, W] in [-1, 1]."""
     mean, std = (
         torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    pixels = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-    return _PROCESSOR.postprocess(pixels.float(), output_type="np")
+    return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0].float()
 
 
 def to_images(pixels: np.ndarray) -> list[Image.Image]:
     """Float pixels [B, H, W, 3] -> RGB pictures."""
     return _PROCESSOR.numpy_to_pil(pixels)
+
+
+def to_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from diffusers import GlmImagePipeline
 
 from duet.configs.schema import ModelConfig
-from duet.inference.model import COMPONENTS, pick_device
+from duet.inference.model import components, pick_device
 
 
 class Placement:
@@ -16,14 +16,15 @@ class Placement:
     def __init__(self, pipeline: GlmImagePipeline, config: ModelConfig | None = None) -> None:
         """`config`: None leaves the parts where they are."""
         self.pipeline, self.moves = pipeline, config is not None and config.offload == "phase"
-        self.device = pick_device(config.device) if self.moves else pipeline.transformer.device
+        self.device = pick_device(config.device) if self.moves else pipeline.device
 
     def bring(self, *needed: str) -> None:
         """Before a phase: first the others leave, so that the two are never there together."""
         if not self.moves:
             return
-        for name in COMPONENTS:
+        parts = components(self.pipeline)
+        for name, part in parts.items():
             if name not in needed:
-                getattr(self.pipeline, name).to("cpu")
+                part.to("cpu")
         for name in needed:
-            getattr(self.pipeline, name).to(self.device)
+            parts[name].to(self.device)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from diffusers import GlmImagePipeline
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -13,23 +12,27 @@ from duet.configs.quotes import quoted_spans
 from duet.configs.row import Row
 from duet.inference.glyphs import MAX_GLYPH_TOKENS
 from duet.inference.layout import Size
+from duet.inference.outline import Outline
 from duet.inference.prompt import text_grids, text_prompt
 from duet.inference.request import Request
 
 
-def check_prompts(
-    pipeline: GlmImagePipeline, rows: Iterable[Row], size: Size, show: bool = True
-) -> None:
+def check_prompts(outline: Outline, rows: Iterable[Row], size: Size, show: bool = True) -> None:
     """Raises UserError, with the row's place, for control tokens in a prompt and for one that is
-    too long for the AR or for the glyph encoder."""
-    ar = pipeline.vision_language_encoder.config.text_config
-    tokenizer = pipeline.processor.tokenizer
-    longest = min(ar.max_position_embeddings, tokenizer.model_max_length)
+    too long for the AR or for the glyph encoder; and for a size that leaves no room for any."""
+    tokenizer = outline.processor.tokenizer
+    longest = min(outline.positions, tokenizer.model_max_length)
     # what stands around a prompt, and what the AR writes behind it
-    bare = text_prompt(pipeline.processor, Request("a", (0,), size))
-    room = longest - len(bare.ids) + 1 - sum(grid.count for grid in text_grids(size))
+    bare = text_prompt(outline.processor, Request("a", (0,), size))
+    written = sum(grid.count for grid in text_grids(size))
+    room = longest - len(bare.ids) + 1 - written
+    if room < 1:
+        raise UserError(
+            f"height = {size.height} and width = {size.width} are {written} tokens to write, of "
+            f"the {longest} that the AR takes, and leave no room for a prompt: take a smaller size"
+        )
     prompts = _Reader("the AR", tokenizer, room)
-    glyphs = _Reader("the glyph encoder", pipeline.tokenizer, MAX_GLYPH_TOKENS - 1)  # its </s>
+    glyphs = _Reader("the glyph encoder", outline.tokenizer, MAX_GLYPH_TOKENS - 1)  # its </s>
     with tqdm(rows, "checking prompts", leave=False, disable=None if show else True) as bar:
         for row in bar:
             prompts.check(row, row.prompt)

@@ -6,16 +6,16 @@ from diffusers import GlmImagePipeline
 
 from duet.configs.errors import UserError
 from duet.inference import weights
-from duet.inference.adapter_files import adapter_info, check_adapter
+from duet.inference.adapter_files import adapter_folder, check_adapter
 from duet.inference.adapters import load_adapter
 from duet.inference.provenance import Provenance
 
 AVERAGE = "average"  # beside the trained ones, of the same layout
 
 
-def trained_info(checkpoint: str | Path) -> Provenance:
-    """Without reading the weights. Raises UserError as `load_trained`."""
-    return (weights.weights_info if _is_full(checkpoint) else adapter_info)(checkpoint)
+def trained_folder(checkpoint: str | Path) -> Path:
+    """Where they lie: in the checkpoint's `adapter` or `weights`, or the folder itself."""
+    return (weights.weights_folder if _is_full(checkpoint) else adapter_folder)(checkpoint)
 
 
 def check_trained(checkpoint: str | Path, model_path: str) -> Provenance:

@@ -1,4 +1,4 @@
-"""`duet train | generate | evaluate | rewards | settings`: the modules' commands, shorter."""
+"""`duet COMMAND`: the modules' commands, shorter."""
 
 import importlib
 import sys
@@ -13,7 +13,9 @@ _COMMANDS = {
     ),
     "generate": ("duet.inference.generate", "pictures from prompts"),
     "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
+    "priors": ("duet.train.priors", "a decoder's prior tokens, made once for its runs"),
     "rewards": ("duet.launch.rewards", "list rewards, score pictures, serve other processes"),
+    "plan": ("duet.launch.plan", "memory, seconds and batches of a config, without a GPU"),
     "settings": ("duet.launch.settings", "every setting: type, range, default, meaning"),
 }
 

@@ -29,15 +29,15 @@ class Aesthetic(ClipReward):
 
     @cached_property
     def head(self) -> nn.Sequential:
-        return load_head(self.path).to(self.clip.tower.device)
+        return load_head(self.path).to(self.device)
 
-    def load(self) -> None:
-        _ = self.head
+    def to(self, device: torch.device | str) -> None:
+        self.head.to(device)  # a missing head is told before the tower is read
+        super().to(device)
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
-        head = self.head  # a missing head is told before the tower is read
-        marks = head(self.clip.embed_images([i.image for i in inputs]))
+        marks = self.head(self.clip.embed_images([i.image for i in inputs]))
         return (marks[:, 0] / 10).tolist()
 
 

@@ -1,5 +1,6 @@
 """The open_clip towers that several rewards share, read when first needed."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,15 @@ class ClipReward:
     def __init__(self, **clip: Any) -> None:
         self.clip = Clip(**clip)
 
+    @property
+    def device(self) -> torch.device:
+        return self.clip.device
+
     def load(self) -> None:
-        _ = self.clip.tower
+        self.to(self.device)
+
+    def to(self, device: torch.device | str) -> None:
+        self.clip.tower.model.to(device)
 
 
 @cache
@@ -117,6 +125,25 @@ def _read(model: str, pretrained: str | None, device: torch.device, dtype: torch
         ) from error
     clip = clip.eval().requires_grad_(False).to(device, dtype)
     return Tower(clip, preprocess, tokenizer, device, dtype)
+
+
+def tower_bytes(clip: Clip) -> int | None:
+    """What the tower's weights take, without reading them; None: only the hub knows."""
+    return None if clip.model.startswith("hf-hub:") else _size(clip.model) * clip.dtype.itemsize
+
+
+@cache
+def _size(model: str) -> int:
+    """Parameters."""
+    import open_clip
+
+    logging.disable(logging.WARNING)  # that it has no weights is meant
+    try:
+        with torch.device("meta"):
+            tower = open_clip.create_model(model, load_weights=False, device="meta")
+    finally:
+        logging.disable(logging.NOTSET)
+    return sum(p.numel() for p in tower.parameters())
 
 
 def picked_device(name: str) -> torch.device:

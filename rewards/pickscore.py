@@ -33,6 +33,9 @@ class PickScore:
     def load(self) -> None:
         _ = self.model, self.processor
 
+    def to(self, device: torch.device | str) -> None:
+        self.model.to(device)
+
     @cached_property
     def model(self) -> torch.nn.Module:
         from transformers import CLIPModel

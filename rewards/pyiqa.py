@@ -32,6 +32,9 @@ class PyIqa:
     def load(self) -> None:
         _ = self.metric
 
+    def to(self, device: torch.device | str) -> None:
+        self.metric.to(device)
+
     @cached_property
     def metric(self) -> Any:
         try:

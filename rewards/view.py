@@ -7,6 +7,7 @@ sees `high` cannot be paid for composition.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,11 +41,10 @@ class Viewed:
 
     def __init__(self, reward: Reward, view: str) -> None:
         self.reward, self.looks = reward, VIEWS[view]
-        self.whole_groups = getattr(reward, "whole_groups", False)
 
-    def load(self) -> None:
-        if hasattr(self.reward, "load"):
-            self.reward.load()
+    def __getattr__(self, name: str) -> Any:
+        """What is optional in a reward is the viewed one's: `load`, `whole_groups`, `to`, ..."""
+        return getattr(self.reward, name)
 
     def __call__(self, inputs: Sequence[RewardInput]) -> list[Answer]:
         answers = []

@@ -91,3 +91,16 @@ class Alone:
         time.sleep(0.05)
         self.busy.release()
         return [1.0 for _ in inputs]
+
+
+class Sometimes:
+    """No score of blue cards; does not apply to green ones; 1 for the rest."""
+
+    def __call__(self, inputs):
+        answers = {"blue": float("nan"), "green": None}
+        return [answers.get(i.prompt.split()[1], 1.0) for i in inputs]
+
+
+class Never:
+    def __call__(self, inputs):
+        return [None] * len(inputs)

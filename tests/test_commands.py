@@ -92,7 +92,7 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
     assert page.count("data:image/png;base64,") == 6 and "<svg" in page
     assert 'src="http' not in page and "href=" not in page.replace('xlink:href="#', "")
     again = run(*command)
-    assert again.returncode == 2 and "holds a report already" in again.stderr
+    assert again.returncode == 2 and "index.html" in again.stderr and "already" in again.stderr
     command[-1], command[-3] = str(tmp_path / "joined"), f"{checkpoint},{checkpoint}"
     joined = run(*command)
     assert joined.returncode == 2 and "joins adapters of decoder and decoder" in joined.stderr

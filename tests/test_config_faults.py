@@ -151,9 +151,16 @@ OVERRIDES = {
     "lora.target_modules=[1]": "lora.target_modules[0] = 1 must be of type str",
     "train.trackers=tensorboard": "train.trackers = 'tensorboard' must be a list",
     # not one of the choices
+    "stages=ar": "stages = 'ar' must be a list",
+    "stages=[ar]": "stages[0] = 'ar' must be a mapping of keys",
+    "stages=[{part: ar}]": "missing key 'stages[0].steps'",
+    "stages=[{part: vae, steps: 1}]": "stages[0].part = 'vae' is not allowed",
+    "stages=[{part: ar, steps: 0}]": "stages[].steps = 0 is out of range",
+    "stages=[{part: ar, steps: 1, optim: {lr: 1}}]": "unknown key 'stages[0].optim.lr'",
+    "stages=[{part: ar, steps: 1}]": "give either stage (ar or decoder) or stages",
     "stage=both": "stage = 'both' is not allowed: choose one of 'ar', 'decoder'",
     "stage=[ar]": "stage = ['ar'] is not allowed",
-    "stage=null": "stage = None is not allowed",
+    "stage=null": "give either stage (ar or decoder) or stages (a list of turns)",
     "model.dtype=float64": "model.dtype = 'float64' is not allowed",
     "model.device=tpu": "model.device = 'tpu' is not allowed",
     "sde.kind=ode": "sde.kind = 'ode' is not allowed",
@@ -167,7 +174,7 @@ OVERRIDES = {
     "rewards=[{name: ocr, view: left}]": "rewards[0].view = 'left' is not allowed",
     # unknown or missing keys
     "optim.learning_rat=1": "unknown key 'optim.learning_rat': did you mean 'learning_rate'?",
-    "stages=ar": "unknown key 'stages': did you mean 'stage'?",
+    "stags=ar": "unknown key 'stags': did you mean 'stage",
     "rewards=[{nam: ocr}]": "unknown key 'rewards[0].nam': did you mean 'name'?",
     "rewards=[{}]": "missing key 'rewards[0].name'",
     "model={}": "missing key 'model.path'",
@@ -305,7 +312,7 @@ def test_a_reward_on_the_command_line_is_read_as_strictly(reward, message):
 def test_a_reader_that_goes_is_no_traceback():
     command = f"{sys.executable} -m duet.launch.cli settings | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("stage  (ar | decoder; required)\n", "")
+    assert (done.stdout, done.stderr) == ("stage  (ar | decoder | null; default null)\n", "")
 
 
 @pytest.mark.parametrize("value", [datetime.date(2024, 1, 2), {1}, b"x", (1,), {1: 2}, object()])

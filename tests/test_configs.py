@@ -6,6 +6,7 @@ import pytest
 
 from duet.configs.load import load_config
 from duet.configs.quotes import quoted_spans
+from duet.configs.turns import turns
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny" / "ar.yaml"
@@ -15,8 +16,9 @@ TINY = ROOT / "configs" / "tiny" / "ar.yaml"
     "path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_every_shipped_config_loads(path):
-    stage = load_config(path).stage
-    assert stage == {"hacking": "decoder"}.get(path.stem, path.stem)
+    parts = list(turns(load_config(path)))
+    known = {"hacking": ["decoder"], "both": ["decoder", "ar"]}
+    assert parts == known.get(path.stem, [path.stem])
 
 
 def test_overrides_reach_nested_keys_and_read_exponents_as_numbers():

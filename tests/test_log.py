@@ -168,11 +168,11 @@ def test_a_log_has_plain_lines(resumed):
     lines = [line.split(" ", 2)[2] for line in log.splitlines()]
     assert lines[0].startswith("transformer of configs/tiny/model: ")
     assert "parameters train, in 36 layers; cpu, float32" in lines[0]
-    assert [line.partition(":")[0] for line in lines if line.startswith("step")] == [
-        "step 1/2", "step 2/2", "step 2/2"
-    ]  # fmt: skip
+    assert lines[1] == "step 1 to 2 from fresh weights"
+    steps = [line for line in lines if line.startswith("step") and ": decoder reward" in line]
+    assert [line.partition(":")[0] for line in steps] == ["step 1/2", "step 2/2", "step 2/2"]
     assert any(line.startswith("a step takes") and "1 more end about 20" in line for line in lines)
-    assert lines[-2].startswith("reward 0.0") and "->" in lines[-2]
+    assert lines[-3].startswith("decoder reward 0.0") and "->" in lines[-3]
     checkpoint = resumed / "checkpoint-2"
     assert lines[-1] == f"next: duet evaluate {resumed / 'config.yaml'} --checkpoint {checkpoint}"
 

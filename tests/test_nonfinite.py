@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_are_never_written(small_run, tmp_path, monk
 
 def test_an_optimizer_that_is_not_finite_is_never_written(small_run, tmp_path):
     AcceleratorState._reset_state(True)
-    policy = prepare(small_run("decoder", SHARP)).policy
+    policy = prepare(small_run("decoder", SHARP)).at(0).policy
     policy.require_finite()
     moment = torch.tensor([math.nan])
     policy.optimizer.optimizer.state[policy.trained[0]] = {"exp_avg": moment}

@@ -118,7 +118,7 @@ def test_a_gate_that_saw_dropout_would_refuse(small_run, tmp_path):
     """So it is right that it sees none: a trained adapter's log-probs differ by what is dropped."""
     train(small_run("decoder", *DROPOUT, "train.max_steps=2"))
     AcceleratorState._reset_state(True)
-    run = prepare(small_run("decoder", *DROPOUT, "train.max_steps=3", "train.resume=latest"))
+    run = prepare(small_run("decoder", *DROPOUT, "train.max_steps=3", "train.resume=latest")).at(0)
     rollouts = collect(run, 2).rollouts
     whole = update.rescore(run.stage, run.policy.module, rollouts, 4)
     gate.check_gap(run.stage, rollouts, whole, "float32")

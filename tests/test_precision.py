@@ -24,12 +24,8 @@ from duet.inference.adapters import (
 )
 from duet.inference.engine import Engine, autocast_dtype
 from duet.inference.generate import choose_arithmetic, generate, parse
-from duet.inference.model import (
-    STOCK_GENERATION,
-    base_fingerprint,
-    generation_defaults,
-    load_pipeline,
-)
+from duet.inference.model import base_fingerprint, load_pipeline
+from duet.inference.outline import STOCK_GENERATION, read_outline
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train import gate
@@ -159,8 +155,8 @@ def test_what_is_evaluated_is_what_training_sampled_with(stage, tmp_path):
     assert adapter and all(p.dtype == torch.float32 and not p.requires_grad for p in adapter)
     assert same(made(loaded, BF16), sampled)
     assert not same(made(loaded, Arithmetic("bfloat16")), sampled), "autocast is part of it"
-    assert choose_arithmetic(None, [str(tmp_path)]) == BF16
-    assert choose_arithmetic("float32", [str(tmp_path)]) == Arithmetic("float32")
+    assert choose_arithmetic(None, {str(tmp_path): BF16}) == BF16
+    assert choose_arithmetic("float32", {str(tmp_path): BF16}) == Arithmetic("float32")
 
 
 def test_adapters_of_two_arithmetics_are_not_joined_in_silence(tmp_path):
@@ -174,7 +170,7 @@ def test_adapters_of_two_arithmetics_are_not_joined_in_silence(tmp_path):
         info = info_of(stage, arithmetic, 2, 4.0)
         save_adapter(part.module(pipeline), tmp_path / stage, info)
     with pytest.raises(UserError, match="give --dtype"):
-        choose_arithmetic(None, folders)
+        choose_arithmetic(None, dict(zip(folders, (BF16, Arithmetic()), strict=True)))
     config = load_config(ROOT / "configs" / "tiny" / "ar.yaml")
     with pytest.raises(UserError, match="was trained with 'bfloat16' and 'bf16'"):
         evaluate(config, [(folders[0],)], tmp_path / "report")
@@ -246,7 +242,7 @@ def test_final_generation_takes_what_stock_would(pipeline):
     assert {name: defaults[name] for name in STOCK_GENERATION} == STOCK_GENERATION
     named = pipeline.vision_language_encoder.generation_config
     assert named.top_k is None and named.top_p == 0.9
-    found = generation_defaults(pipeline)
+    found = read_outline(str(MODEL)).defaults
     assert (found["top_k"], found["top_p"], found["height"]) == (50, 0.9, 64)
 
 
@@ -277,8 +273,8 @@ def test_generate_runs_in_the_adapters_arithmetic(tmp_path, monkeypatch):
         "--output",
         str(tmp_path / "out"),
     ]
-    generate(parse(common), [Row({"prompt": "a card"})])
-    generate(parse([*common, "--dtype", "float32"]), [Row({"prompt": "a card"})])
+    for told in ([], ["--dtype", "float32"]):
+        assert len(list(generate(parse([*common, *told]), [Row({"prompt": "a card"})]))) == 1
     told = [(e.pipeline.transformer.dtype, e.autocast) for e in engines]
     assert told == [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
 
@@ -297,7 +293,7 @@ def test_every_rollouts_second_update_is_off_ratio_one(small_run, stage, precisi
 
 def test_a_run_takes_the_configs_arithmetic(small_run):
     AcceleratorState._reset_state(True)
-    run = prepare(small_run("decoder", *SHIPPED))
+    run = prepare(small_run("decoder", *SHIPPED)).at(0)
     assert run.stage.engine.autocast == torch.bfloat16
     assert run.accelerator.mixed_precision == "bf16"
     assert run.stage.engine.pipeline.transformer.dtype == torch.bfloat16

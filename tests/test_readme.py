@@ -21,7 +21,7 @@ from duet.launch.rewards import read_rewards
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import BUILT_IN, load_reward
 from duet.train import __main__ as training
-from duet.train import evaluate
+from duet.train import evaluate, priors
 from tests.conftest import MODEL, ROOT
 
 PAGE = (ROOT / "README.md").read_text()
@@ -31,6 +31,7 @@ INLINE = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)",
 MAINS = {
     "duet.train": training.main,
     "duet.train.evaluate": evaluate.main,
+    "duet.train.priors": priors.main,
     "duet.inference.generate": generate.main,
 }
 # seconds instead of minutes: what the page leaves to the config
@@ -84,7 +85,10 @@ def folder(tmp_path_factory):
             ran.append(module)
     finally:
         os.chdir(before)
-    assert ran == ["duet.train", "duet.train", "duet.train.evaluate", "duet.inference.generate"]
+    assert ran == [
+        "duet.train", "duet.train", "duet.train.evaluate", "duet.inference.generate",
+        "duet.train.priors",
+    ]  # fmt: skip
     return folder
 
 
@@ -93,6 +97,7 @@ def test_the_commands_do_what_the_page_says(folder):
     assert (folder / "runs/decoder/checkpoint-1").is_dir()
     assert load_config(ROOT / "configs/tiny/decoder.yaml").train.max_steps == 250
     assert (folder / "runs/decoder/evaluation/index.html").is_file()
+    assert (folder / "runs/priors/priors/SHA256SUMS").is_file()
     [picture] = (folder / "runs/images").iterdir()
     assert Image.open(picture).size == (96, 64)
 
@@ -185,7 +190,7 @@ def test_files_modules_and_rewards_that_the_page_names_exist():
 COMMANDS = re.search(r"`duet ([^`]+)`\s+are", PAGE)[1]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS.split(" | "), "settings"])
+@pytest.mark.parametrize("command", [*COMMANDS.split(" | "), "plan", "settings"])
 def test_every_command_has_help(command, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["duet", command, "--help"])
     with pytest.raises(SystemExit) as left:
@@ -198,7 +203,7 @@ def test_the_list_has_every_setting_with_type_default_range_and_meaning(capsys, 
     cli.main()
     printed = capsys.readouterr().out
     told = "optim.adam_epsilon  (float, 0 < x <= 1; default 1e-08)\n    well below the gradients'"
-    assert told in printed and "stage  (ar | decoder; required)" in printed
+    assert told in printed and "stage  (ar | decoder | null; default null)" in printed
     assert all(f"{one.name}  ({one.kind}" in printed and one.meaning for one in listing.settings())
     assert "rewards[].weight" in printed and "None" not in printed
 

@@ -100,7 +100,7 @@ MISTAKES = {
     "reward raises": (["score", *ASKED, "--reward", "tests.bad_rewards.Raises"], "raised KeyError"),
     "missing config": (["serve", "gone.yaml", "--port", "0"], "'gone.yaml' cannot be read"),
     "empty config": (["serve", "{tmp}/empty.yaml", "--port", "0"], "has no rewards"),
-    "neither a run nor rewards": (["serve", "{tmp}/half.yaml", "--port", "0"], "missing key 'stage'"),
+    "neither a run nor rewards": (["serve", "{tmp}/half.yaml", "--port", "0"], "missing key 'model'"),
     "no port": (["serve", "{tmp}/good.yaml"], "required: --port"),
     "port out of range": (["serve", "{tmp}/good.yaml", "--port", "70000"], "--port = 70000 is out of range"),
     "taken port": (["serve", "{tmp}/good.yaml", "--port", "{port}"], "cannot listen on 127.0.0.1:{port}: Address already in use"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import pytest
+from diffusers import GlmImagePipeline
 from PIL import Image
 
 from duet.configs.errors import UserError
@@ -15,8 +16,8 @@ from duet.configs.load import load_config
 from duet.configs.row import Row
 from duet.configs.rows import load_rows, rows_of
 from duet.inference import generate
-from duet.inference.engine import Engine
 from duet.inference.layout import Size
+from duet.inference.outline import read_outline
 from duet.inference.prompt_check import check_prompts
 from duet.train.evaluation import evaluate
 from tests.conftest import MODEL, ROOT, train
@@ -268,6 +269,11 @@ def test_a_hub_dataset_is_asked_for_by_name_and_revision(monkeypatch):
         load_config(ROOT / "configs" / "tiny" / "ar.yaml", ["data.columns={prompt: 1}"])
 
 
+@pytest.fixture(scope="module")
+def outline():
+    return read_outline(str(MODEL))
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -286,12 +292,12 @@ def test_a_hub_dataset_is_asked_for_by_name_and_revision(monkeypatch):
     ],
     ids=lambda text: text[:20],
 )
-def test_a_prompt_is_asked_of_the_tokenizers(pipeline, prompt, message):
+def test_a_prompt_is_asked_of_the_tokenizers(outline, prompt, message):
     rows = [Row({"prompt": "a card"}, "rows.jsonl:1"), Row({"prompt": prompt}, "rows.jsonl:2")]
     if not message:
-        return check_prompts(pipeline, rows, Size(64, 96))
+        return check_prompts(outline, rows, Size(64, 96))
     with pytest.raises(UserError) as caught:
-        check_prompts(pipeline, rows, Size(64, 96), show=False)
+        check_prompts(outline, rows, Size(64, 96), show=False)
     assert message in str(caught.value) and str(caught.value).startswith("rows.jsonl:2: ")
     return None
 
@@ -299,12 +305,11 @@ def test_a_prompt_is_asked_of_the_tokenizers(pipeline, prompt, message):
 @pytest.mark.parametrize(
     "command", ["train", "train, held out", "evaluate", "generate", "--prompt"]
 )
-def test_every_command_asks_before_it_samples(tmp_path, small_run, monkeypatch, command):
-    def sample(*arguments):
-        raise AssertionError("sampled before the prompts were checked")
+def test_every_command_asks_before_weights_are_read(tmp_path, small_run, monkeypatch, command):
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read before the prompts were checked")
 
-    monkeypatch.setattr(Engine, "decode", sample)
-    monkeypatch.setattr(Engine, "sample_tokens", sample)
+    monkeypatch.setattr(GlmImagePipeline, "from_pretrained", read)
     path = written(tmp_path, "rows.jsonl", A + '{"prompt": "a <|image|>"}\n')
     rewards = "rewards=[{name: tests.sample_rewards.Sees}]"
     output = ["--model", str(MODEL), "--output", str(tmp_path / "images")]

@@ -316,6 +316,7 @@ def test_a_resumed_run_keeps_what_its_state_was_made_for(small_run, tmp_path):
         ("lora.rank=2", "lora.rank = 2, but"),
         ("seed=9", "seed = 9, but"),
         ("rollout.num_generations=8", "rollout.num_generations = 8, but"),
+        ("rollout.priors=sampled", "rollout.priors = .sampled., but"),
     ):
         with pytest.raises(UserError, match=message):
             train(small_run("decoder", "train.resume=latest", override))
@@ -347,7 +348,7 @@ def test_the_gradient_is_clipped_and_told_unclipped(small_run, tmp_path):
 def test_betas_epsilon_and_weight_decay_reach_adam(small_run):
     AcceleratorState._reset_state(True)
     set = ["optim.adam_beta1=0.5", "optim.weight_decay=0.25", "optim.adam_epsilon=1e-15"]
-    run = prepare(small_run("decoder", *set))
+    run = prepare(small_run("decoder", *set)).at(0)
     [group] = run.policy.optimizer.param_groups
     assert group["betas"][0] == 0.5 and group["weight_decay"] == 0.25
     assert group["eps"] == 1e-15

@@ -14,20 +14,24 @@ from diffusers import GlmImageTransformer2DModel
 from safetensors.torch import load_file
 from transformers import GlmImageForConditionalGeneration
 
+from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.row import Row
 from duet.configs.schema import Arithmetic, AverageConfig, LoraConfig, OptimConfig
 from duet.inference.adapter_files import AdapterInfo
-from duet.inference.adapters import add_adapter
+from duet.inference.adapter_set import joined_adapters
 from duet.inference.engine import Engine
+from duet.inference.generate import generate, parse
 from duet.inference.model import base_fingerprint, load_pipeline
 from duet.inference.parts import PARTS
 from duet.inference.provenance import Provenance
 from duet.inference.request import Request
 from duet.inference.rollout import Rollout
 from duet.inference.trained import averaged, load_trained
+from duet.train.evaluation import evaluate
+from duet.train.memory import phases, step_of
 from duet.train.policy import Policy
-from duet.train.prompts import Group
+from duet.train.prompts import draw_groups
 from duet.train.recompute import recompute_blocks
 from duet.train.setup import prepare
 from duet.train.stages import STAGES as MADE
@@ -61,9 +65,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[n]) for n, v in one.items())
 
 
-def info_of(stage: str, tuning: str, arithmetic: Arithmetic = Arithmetic()) -> Tuning:
+def tuning_of(stage: str, tuning: str) -> Tuning:
     base = base_fingerprint(str(MODEL), PARTS[stage].component)
-    told = stage, str(MODEL), base, arithmetic
+    told = stage, str(MODEL), base, Arithmetic()
     if tuning == "full":
         return Full(Provenance(*told))
     return Lora(AdapterInfo(*told, LoraConfig(2, 4.0)))
@@ -73,7 +77,7 @@ def policy_of(stage: str, tuning: str, average: AverageConfig | None = None) -> 
     AcceleratorState._reset_state(True)
     module = PARTS[stage].module(load_pipeline(str(MODEL)))
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-    return Policy(accelerator, module, info_of(stage, tuning), OPTIM, 9, average)
+    return Policy(accelerator, module, tuning_of(stage, tuning), OPTIM, 9, average)
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ class Bench:
 def bench(request, pipeline):
     config = load_config(ROOT / "configs" / "tiny" / f"{request.param}.yaml")
     made = MADE[request.param](Engine(pipeline, SAMPLING, config.sde, progress=False), config)
-    row = Row({"prompt": PROMPT})
+    groups = draw_groups([Row({"prompt": PROMPT})], 0, 0, 1, 2)
     with torch.no_grad():
-        rollouts = made.engine.rollout(made.requests([Group(0, row, (1, 2), 3)]), range(1, 3))
+        rollouts = made.engine.rollout(made.requests(groups), range(1, 3))
     return Bench(made, rollouts)
 
 
@@ -293,15 +297,18 @@ def same(one: list, other: list) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("trained", [(s, "bf16") for s in STAGES], indirect=True, ids=STAGES)
 def test_what_is_loaded_is_the_policy_in_training(trained, small_run):
     """Weights and average, pictures and log-probs, to the bit."""
     stage, precision, run = trained
     AcceleratorState._reset_state(True)
     resumed = prepare(config_of(small_run, stage, precision, run, "train.resume=latest"))
-    pipeline, autocast = resumed.stage.engine.pipeline, resumed.stage.engine.autocast
-    with resumed.policy.sampling():
+    stage_run = resumed.runs[stage]
+    pipeline, autocast = stage_run.stage.engine.pipeline, stage_run.stage.engine.autocast
+    policy_in_training = stage_run.policy
+    with policy_in_training.sampling():
         policy = pictures(pipeline, autocast)
-        with resumed.policy.averaged():
+        with policy_in_training.averaged():
             average = pictures(pipeline, autocast)
         assert same(pictures(pipeline, autocast), policy), "swapped back"
     for checkpoint, expected in (
@@ -315,131 +322,91 @@ def test_what_is_loaded_is_the_policy_in_training(trained, small_run):
     assert not same(policy, average)
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> dict[str, Path]:
-    """Full weights of each stage: those of the base."""
-    pipeline, folders = load_pipeline(str(MODEL)), {}
-    for stage, part in PARTS.items():
-        folders[stage] = tmp_path_factory.mktemp(stage) / "weights"
-        info_of(stage, "full").write(part.module(pipeline), folders[stage])
-    return folders
+def files(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
 
 
-@pytest.fixture(scope="module")
-def bare():
-    """A model that none of the weights here come to stand on."""
-    return load_pipeline(str(MODEL))
+@pytest.mark.parametrize("trained", [("decoder", "bf16")], indirect=True, ids=["decoder"])
+def test_generate_and_evaluate_take_the_average(trained, small_run, tmp_path):
+    stage, precision, run = trained
+    checkpoint, made = str(run / "checkpoint-2"), {}
+    for name, asked in {
+        "trained": [checkpoint],
+        "average": [checkpoint, "--average"],
+        "its folder": [f"{checkpoint}/average"],
+    }.items():
+        common = ["--model", str(MODEL), "--steps", "2", "--output", str(tmp_path / name)]
+        list(generate(parse([*common, "--adapter", *asked]), [Row({"prompt": PROMPT})]))
+        made[name] = files(tmp_path / name)
+    assert made["average"] == made["its folder"] != made["trained"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    sharp = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
+    common = [f"data.eval={rows}", sharp, "eval.rewards=[]", "eval.images_per_prompt=1"]
+    config = config_of(small_run, stage, precision, run, *common)
+    models = [(checkpoint,)]
+    plain = evaluate(config, models, tmp_path / "plain")
+    average = evaluate(config, models, tmp_path / "averaged", average=True)
+    assert plain.rows[0].scores == average.rows[0].scores, "the base"
+    assert plain.rows[1].scores != average.rows[1].scores
+    assert average.rows[1].checkpoints == [f"{checkpoint}/average"]
 
 
-def tensors(change):
-    """Other tensors: what `change` makes of all, by name."""
-
-    def damage(folder: Path) -> None:
-        path = next(folder.glob("*.safetensors"))
-        changed = change(dict(sorted(load_file(path).items())))
-        save_file({n: t.contiguous() for n, t in changed.items()}, path, {"format": "pt"})
-
-    return damage
-
-
-def first(change):
-    """Another first tensor."""
-    return tensors(lambda t: t | {next(iter(t)): change(t[next(iter(t))].clone())})
+@pytest.mark.parametrize("trained", [("ar", "float32")], indirect=True, ids=["ar"])
+def test_a_resume_keeps_what_is_trained_and_averaged(trained, small_run):
+    stage, precision, run = trained
+    for override, told in (
+        ("tuning=lora", "tuning = 'lora', but checkpoint .* was trained with 'full'"),
+        ("average=null", "average = None, but checkpoint .* was trained with {'decay': 0.5"),
+        ("average.decay=0.9", "average.decay = 0.9, but checkpoint .* was trained with 0.5"),
+        ("optim.weight_decay=0.1", "optim.weight_decay = 0.1, but"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train(config_of(small_run, stage, precision, run, "train.resume=latest", override))
 
 
-def info(**changed):
-    def damage(folder: Path) -> None:
-        told = json.loads((folder / INFO).read_text())
-        (folder / INFO).write_text(json.dumps(told | changed))
+def test_each_turn_has_its_own_tuning_and_average(tmp_path):
+    """The AR whole and averaged, the decoder by LoRA; resumed at the border, to the bit."""
+    sharp = "rewards: [{name: duet.train.tiny.hackable.Sharpness}]"
+    common = [
+        f"stages=[{{part: ar, steps: 1, {sharp}, tuning: full, average: {{decay: 0.5}},"
+        f" optim: {{learning_rate: 1.0e-5}}}}, {{part: decoder, steps: 1, {sharp}}}]",
+        "rollout.prompts_per_step=1", "rollout.num_generations=2", "rollout.batch_size=2",
+        "optim.per_device_train_batch_size=2", "sampling.num_inference_steps=4",
+        "optim.lr_scheduler_type=constant", "train.trackers=[]", "train.save_steps=1",
+    ]  # fmt: skip
 
-    return damage
+    def ended(name: str, *overrides: str) -> Path:
+        config = ROOT / "configs" / "tiny" / "both.yaml"
+        return train(load_config(config, [*common, f"output_dir={tmp_path / name}", *overrides]))
 
-
-def on_file(change):
-    return lambda folder: change(next(folder.glob("*.safetensors")))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-# each with digests that agree with it, and what is told of it
-MALFORMED = {
-    "NaN": (first(lambda v: v.fill_(float("nan"))), "not finite"),
-    "inf": (first(lambda v: v.fill_(float("inf"))), "not finite"),
-    "a key less": (tensors(lambda t: dict(list(t.items())[1:])), "stands on one side only"),
-    "a key more": (tensors(lambda t: t | {"more": torch.zeros(1)}), "stands on one side only"),
-    "no keys": (tensors(lambda t: {}), "no safetensors|one side only"),
-    "another shape": (first(lambda v: v[..., :-1]), "another shape"),
-    "a shape that would broadcast": (first(lambda v: v[:1]), "another shape"),
-    "bfloat16": (tensors(lambda t: {n: v.bfloat16() for n, v in t.items()}), "not float32"),
-    "a name in two files": (
-        on_file(lambda p: shutil.copy(p, p.with_name("more.safetensors"))),
-        "stands in two files",
-    ),
-    "cut short": (on_file(lambda p: p.write_bytes(p.read_bytes()[:-9])), "damaged"),
-    "empty": (on_file(lambda p: p.write_bytes(b"")), "damaged"),
-    "no weights": (on_file(Path.unlink), "no safetensors"),
-    "another base": (info(base="0" * 64), "was trained on another"),
-    "no stage": (info(stage="vae"), "stage = 'vae'"),
-    "an adapter's key": (info(lora={"rank": 2}), "unknown key 'lora'"),
-    "not JSON": (lambda f: (f / INFO).write_text("{"), "damaged"),
-}
-# what only the digests can tell
-UNTOLD = {
-    "a flipped byte": (on_file(flip), "its digest differs"),
-    "another arithmetic": (info(arithmetic={"dtype": "bfloat16"}), "its digest differs"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "no list of digests": (lambda f: (f / SUMS).unlink(), "SHA256SUMS cannot be read"),
-}
+    whole = ended("whole", "train.max_steps=3")
+    ended("parts", "train.max_steps=2")
+    parts = ended("parts", "train.max_steps=3", "train.resume=latest")
+    for folder in ("ar/weights", "ar/average", "decoder/adapter"):
+        assert equal(saved(whole / folder), saved(parts / folder)), folder
+    assert not (whole / "decoder" / "average").exists()
+    loaded = load_pipeline(str(MODEL))
+    for part in PARTS:
+        assert load_trained(loaded, whole / part).stage == part
+    with pytest.raises(UserError, match="decoder' holds no average"):
+        joined_adapters("--adapter", [str(whole)], str(MODEL), average=True)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [*MALFORMED, *UNTOLD])
-def test_malformed_weights_are_refused(written, bare, stage, name, tmp_path):
-    folder = Path(shutil.copytree(written[stage], tmp_path / "weights"))
-    damage, told = (MALFORMED | UNTOLD)[name]
-    damage(folder)
-    if name in MALFORMED:
-        write_digests(folder)
-    with pytest.raises(UserError, match=told) as refused:
-        check_trained(folder, str(MODEL))
-        load_trained(bare, folder)  # names and shapes need the module
-    assert len(str(refused.value).splitlines()) == 1 and str(folder) in str(refused.value)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_full_weights_know_their_part(written, bare, stage, tmp_path):
-    for checkpoint in (written[stage], written[stage].parent):
-        assert (
-            trained_info(checkpoint).stage == check_trained(checkpoint, str(MODEL)).stage == stage
-        )
-    other = next(s for s in STAGES if s != stage)
-    with pytest.raises(UserError, match="stands on one side only"):
-        restore_weights(PARTS[other].module(bare), written[stage])
-    tuned = load_pipeline(str(MODEL))
-    add_adapter(PARTS[stage].module(tuned), PARTS[stage], 2, 4.0)
-    with pytest.raises(UserError, match=f"the {stage} has an adapter already"):
-        load_trained(tuned, written[stage])
-    with pytest.raises(UserError, match="holds no average: it was trained without `average`"):
-        averaged(written[stage].parent)
-
-
-def test_large_weights_lie_in_several_files(written, tmp_path):
-    """As stock writes them: shards and an index."""
-    module, folder = load_pipeline(str(MODEL)).transformer, tmp_path / "weights"
-    shutil.copytree(written["decoder"], folder)
-    next(folder.glob("*.safetensors")).unlink()
-    module.save_pretrained(folder, max_shard_size="3MB")
-    write_digests(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    loaded = load_pipeline(str(MODEL), "bfloat16")
-    load_trained(loaded, folder)
-    assert equal(loaded.transformer.state_dict(), module.state_dict())
-
-
-def test_full_tuning_in_low_precision_needs_autocast(small_run):
-    with pytest.raises(UserError, match="train.mixed_precision = 'no' .* 'bf16' or 'fp16' with"):
-        train(small_run("ar", "tuning=full", "model.dtype=bfloat16"))
+def test_the_plan_counts_all_weights_and_the_average(stage):
+    path = ROOT / "configs" / "tiny" / f"{stage}.yaml"
+    part = PARTS[stage]
+    module = part.module(load_pipeline(str(MODEL)))
+    idle = sum(p.nbytes for n, p in module.named_parameters() if n.startswith(part.idle or ("-",)))
+    all_bytes = sum(p.nbytes for p in module.parameters()) - idle
+    for average in ("null", "{decay: 0.5}"):
+        given = ["tuning=full", f"average={average}", "model.offload=phase", "grpo.beta=0.1"]
+        config = load_config(path, given)
+        step = phases(config, step_of(config, MODEL, 1), 1)[-1]
+        assert step.held["trained weights"] == step.held["gradients"] == all_bytes
+        assert step.held["optimizer state"] == 2 * all_bytes
+        copies = step.held.get("copies of the trained weights", 0)
+        assert copies == (0 if average == "null" else all_bytes)
+        buffers = sum(b.nbytes for b in module.buffers())
+        assert step.held.get("frozen weights", 0) == idle + buffers

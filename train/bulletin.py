@@ -9,44 +9,48 @@ from pathlib import Path
 import numpy as np
 
 from duet.train.journal import Journal
+from duet.train.run import Run, Training
 from duet.train.run_folder import CONFIG_FILE
-from duet.train.setup import Run
 
 
 class Bulletin:
     """Tells the journal at the start, after each step and at the end."""
 
-    def __init__(self, run: Run, journal: Journal) -> None:
-        self.run, self.journal = run, journal
+    def __init__(self, training: Training, journal: Journal) -> None:
+        self.training, self.journal = training, journal
         self.start = self.step_start = time.monotonic()
-        journal.tell(_what_trains(run))
+        for run in training.runs.values():
+            journal.tell(_what_trains(run))
+        steps = f"step {training.start.step + 1} to {training.config.train.max_steps}"
+        journal.tell(f"{steps} from {training.start.checkpoint or 'fresh weights'}")
 
-    def step(self, metrics: Mapping[str, float], done: int) -> None:
+    def step(self, part: str, metrics: Mapping[str, float], done: int) -> None:
         """After `done` steps in all."""
-        now, last = time.monotonic(), self.run.config.train.max_steps
+        now, last = time.monotonic(), self.training.config.train.max_steps
         seconds, self.step_start = now - self.step_start, now
-        line = f"step {done}/{last}: reward {metrics['reward']:.3f}, {seconds:.1f} s"
+        line = f"step {done}/{last}: {part} reward {metrics['reward']:.3f}, {seconds:.1f} s"
         if metrics["updates/skipped"]:
             line += f", {metrics['updates/skipped']:.0f} updates skipped (not finite)"
         self.journal.tell_step(line)
-        if done == self.run.start.step + 1 and done < last:
+        if done == self.training.start.step + 1 and done < last:
             left = timedelta(seconds=seconds * (last - done))
             end = (datetime.now() + left).isoformat(" ", "minutes")
             self.journal.tell(f"a step takes {seconds:.1f} s: {last - done} more end about {end}")
 
-    def end(self, steps: Sequence[Mapping[str, float]], newest: Path | None) -> None:
-        """`steps`: the metrics of the whole run, before a resume too."""
-        window = self.run.config.watch.window
-        rewards = [s["reward"] for s in steps if s.get("reward") is not None]
-        if len(rewards) > 1:
-            width = min(window, len(rewards) // 2)
-            first, last = np.mean(rewards[:width]), np.mean(rewards[-width:])
-            took = timedelta(seconds=round(time.monotonic() - self.start))
-            self.journal.tell(
-                f"reward {first:.3f} -> {last:.3f} (means of the first and last {width} of "
-                f"{len(rewards)} steps), {took} (h:mm:ss)"
-            )
-        config = Path(self.run.config.output_dir) / CONFIG_FILE
+    def end(self, steps: Mapping[str, Sequence[Mapping[str, float]]], newest: Path | None) -> None:
+        """`steps`: by part, the metrics of the whole run, before a resume too."""
+        for part, told in steps.items():
+            rewards = [s["reward"] for s in told if s.get("reward") is not None]
+            width = min(self.training.runs[part].config.watch.window, len(rewards) // 2)
+            if width:
+                first, last = np.mean(rewards[:width]), np.mean(rewards[-width:])
+                self.journal.tell(
+                    f"{part} reward {first:.3f} -> {last:.3f} (means of the first and last {width} "
+                    f"of {len(rewards)} steps)"
+                )
+        took = timedelta(seconds=round(time.monotonic() - self.start))
+        self.journal.tell(f"{took} (h:mm:ss)")
+        config = Path(self.training.config.output_dir) / CONFIG_FILE
         self.journal.tell(f"next: duet evaluate {config} --checkpoint {newest}")
 
 
@@ -63,10 +67,8 @@ def _what_trains(run: Run) -> str:
     if config.average is not None:
         how += f", averaged with decay {config.average.decay:g}"
     dtype = str(next(policy.inner.parameters()).dtype).removeprefix("torch.")
-    start = run.start.checkpoint or "fresh weights"
     return (
         f"{run.stage.part.component} of {config.model.path}: {trained:,} of {total:,} parameters "
         f"train, in {layers} layers; {run.accelerator.device}, {dtype}, mixed precision "
-        f"{config.train.mixed_precision}, {run.accelerator.num_processes} process(es); {how}; "
-        f"step {run.start.step + 1} to {config.train.max_steps} from {start}"
+        f"{config.train.mixed_precision}, {run.accelerator.num_processes} process(es); {how}"
     )

@@ -1,4 +1,5 @@
-"""Checkpoints: `checkpoint-N/` with adapter, optimizer, scheduler, RNG and position.
+"""Checkpoints: `checkpoint-N/` with adapter, optimizer, scheduler, RNG and position; of a run in
+turns, an adapter a part: `ar/adapter`, `decoder/adapter`.
 
 Written under another name, digested, synced to the disk and then renamed: a folder of that name
 is whole, and what is damaged later is found out (`sha256sum -c SHA256SUMS` does so too).
@@ -8,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from duet.configs.errors import UserError
 from duet.configs.load import build
 from duet.configs.schema import RunConfig
 from duet.train.policy import Policy
+from duet.train.state import load_state, save_state
 from duet.train.together import from_main, together
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -36,7 +39,7 @@ class Position:
     """What a checkpoint tells of itself."""
 
     step: int  # rollouts that are done
-    stage: str
+    stage: str  # the part that is trained, or both: ar+decoder
     num_processes: int
     run_id: str  # of the run that wrote it
     inputs: Inputs
@@ -58,15 +61,20 @@ def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
+def part_folder(checkpoint: Path, part: str, parts: Collection[str]) -> Path:
+    """Where a part's weights lie: in the checkpoint itself, where it is the only one."""
+    return checkpoint / part if len(parts) > 1 else checkpoint
+
+
 def save_checkpoint(
-    policy: Policy, config: RunConfig, run_id: str, inputs: Inputs, step: int
+    policies: Mapping[str, Policy], config: RunConfig, run_id: str, inputs: Inputs, step: int
 ) -> Path:
     """Write `checkpoint-{step}` after `step` rollouts, unless this run did so already.
 
     Every process must call it. Raises UserError where another run's stands.
     """
     final = Path(config.output_dir) / f"checkpoint-{step}"
-    accelerator = policy.accelerator
+    accelerator = next(iter(policies.values())).accelerator
     if from_main(accelerator, lambda: _stands(final, run_id)):
         return final
     partial = final.with_name(f".{final.name}.partial")
@@ -77,7 +85,7 @@ def save_checkpoint(
 
     def finish() -> None:
         told = Position(
-            step, config.stage, accelerator.num_processes, run_id, inputs, asdict(config)
+            step, "+".join(policies), accelerator.num_processes, run_id, inputs, asdict(config)
         )
         (partial / _POSITION).write_text(json.dumps(asdict(told), indent=2))
         write_digests(partial)
@@ -86,10 +94,19 @@ def save_checkpoint(
         _sync(final.parent)
 
     from_main(accelerator, begin)
-    with together(accelerator):  # each process writes its RNG
-        policy.save(partial)
+    with together(accelerator):
+        for part, policy in policies.items():
+            policy.save(part_folder(partial, part, policies))
+        save_state(accelerator, partial)
     from_main(accelerator, finish)
     return final
+
+
+def load_checkpoint(policies: Mapping[str, Policy], checkpoint: Path) -> None:
+    """Weights, optimizers, schedules and random states. Raises UserError for a damaged one."""
+    for part, policy in policies.items():
+        policy.load(part_folder(checkpoint, part, policies))
+    load_state(next(iter(policies.values())).accelerator, checkpoint)
 
 
 def _stands(final: Path, run_id: str) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from duet.inference.rollout import Rollout
 from duet.train.prompts import draw_groups, shard
+from duet.train.run import Run
 from duet.train.scoring import Sampled, Scores, sample_and_score
-from duet.train.setup import Run
 from duet.train.together import gather_rows, together
 
 
@@ -43,13 +43,15 @@ def collect(run: Run, step: int) -> Collected:
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     start = time.perf_counter()
     with together(accelerator), run.signals.heeded(), run.policy.sampling():
-        requests = stage.requests(mine)  # the decoder's priors are sampled here
+        requests = stage.requests(mine)  # the decoder's priors are made or read here
         before = time.perf_counter() - start
 
         def sample(batch: Sequence[int]) -> list[Rollout]:
             return stage.engine.rollout([requests[i] for i in batch], stage.window(step))
 
-        sampled = sample_and_score(sample, mine, run.scorer, config.rollout.batch_size, run.shows)
+        size = config.rollout.batch_size
+        with run.scorer.resting.awake():  # scored beside sampling
+            sampled = sample_and_score(sample, mine, run.scorer, size, run.shows)
         sampled = replace(sampled, rollout_seconds=before + sampled.rollout_seconds)
     ids = torch.tensor([g.id for g in mine for _ in g.seeds])
     scores = sampled.scores.map(lambda column: gather_rows(accelerator, column))

@@ -19,7 +19,7 @@ from duet.train.collect import Collected
 from duet.train.journal import LOG_FILE, Journal
 from duet.train.randomness import RandomState
 from duet.train.retention import remove_old
-from duet.train.setup import Run
+from duet.train.run import Run, Training
 from duet.train.signals import Stopped
 from duet.train.watch import Watch
 
@@ -27,14 +27,14 @@ from duet.train.watch import Watch
 class Endings:
     """Around the loop: whatever ends it leaves as a UserError, with the command's exit status."""
 
-    def __init__(self, run: Run, journal: Journal) -> None:
-        self.run, self.journal = run, journal
-        self.done = run.start.step  # steps whose updates are all made
-        self.newest = run.start.checkpoint  # whole
+    def __init__(self, training: Training, journal: Journal) -> None:
+        self.training, self.journal = training, journal
+        self.done = training.start.step  # steps whose updates are all made
+        self.newest = training.start.checkpoint  # whole
         self._random = RandomState.now()  # as the last finished step left it
         self._whole_step = True  # the weights are those of `done` steps
         self._writable = True  # False: a checkpoint was tried, and it will not go better now
-        self._listening = run.signals.listening()
+        self._listening = training.signals.listening()
 
     def __enter__(self) -> "Endings":
         self._listening.__enter__()
@@ -46,7 +46,7 @@ class Endings:
         try:
             if error is not None:
                 raise self._ended(error) from error
-            self.run.accelerator.end_training()
+            self.training.accelerator.end_training()
         finally:
             self._listening.__exit__(None, None, None)
 
@@ -63,29 +63,29 @@ class Endings:
 
         Raises OSError where it cannot be.
         """
-        run, start = self.run, self.run.start
+        training, start = self.training, self.training.start
         try:
             self.newest = save_checkpoint(
-                run.policy, run.config, start.run_id, start.inputs, self.done
+                training.policies, training.config, start.run_id, start.inputs, self.done
             )
         except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
             self._writable = False
-            for partial in Path(run.config.output_dir).glob(".checkpoint-*.partial"):
+            for partial in Path(training.config.output_dir).glob(".checkpoint-*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
             reason = str(error).partition("\n")[0]
             raise OSError(f"checkpoint-{self.done} could not be written ({reason})") from error
-        if run.accelerator.is_main_process:
-            limit = run.config.train.save_total_limit
+        if training.accelerator.is_main_process:
+            limit = training.config.train.save_total_limit
             remove_old(self.newest.parent, limit, start.checkpoint)
         return self.newest
 
     def _ended(self, error: BaseException) -> UserError:
         text, status = _told(error)
         shared = isinstance(error, UserError | Stopped)  # raised on all processes
-        if shared or self.run.accelerator.num_processes == 1:
+        if shared or self.training.accelerator.num_processes == 1:
             text = f"{text}; {self._kept()}"
             with contextlib.suppress(OSError):  # a tracker on a full disk
-                for tracker in self.run.accelerator.trackers:
+                for tracker in self.training.accelerator.trackers:
                     tracker.finish()
         else:
             text = f"{text}; {self._way_on()}"
@@ -97,7 +97,7 @@ class Endings:
 
     def _kept(self) -> str:
         """Leave a checkpoint of the last finished step; says what there is to go on from."""
-        if self._whole_step and self._writable and self.done > self.run.start.step:
+        if self._whole_step and self._writable and self.done > self.training.start.step:
             try:
                 self._random.restore()
                 self.save()
@@ -109,7 +109,7 @@ class Endings:
         if self.newest is None:
             return "no checkpoint was written yet: begin again with train.resume=latest"
         resume = "latest"
-        if self.newest.parent.resolve() != Path(self.run.config.output_dir).resolve():
+        if self.newest.parent.resolve() != Path(self.training.config.output_dir).resolve():
             resume = str(self.newest)
         return f"{self.newest} is whole: go on from it with train.resume={resume}"
 

@@ -1,11 +1,9 @@
 """python -m duet.train.evaluate CONFIG --checkpoint X: held-out prompts, fixed seeds, a report."""
 
 import argparse
-import json
-from dataclasses import asdict
 from pathlib import Path
 
-from duet.configs.errors import UserError, exit_on_user_error, require_folder
+from duet.configs.errors import exit_on_user_error
 from duet.configs.load import load_config
 
 
@@ -19,23 +17,23 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         help="checkpoint-N; may be repeated; A,B joins an AR's and a decoder's",
     )
+    parser.add_argument(
+        "--average", action="store_true", help="the moving averages of the checkpoints' weights"
+    )
     parser.add_argument("--output", help="folder of the report (default: OUTPUT_DIR/evaluation)")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     output = Path(options.output or Path(config.output_dir) / "evaluation")
-    require_folder("--output", output)
-    if (output / "results.json").exists():
-        raise UserError(f"--output = {str(output)!r} holds a report already: name another folder")
-    from duet.train.evaluation import evaluate, text_table  # torch loads slowly
+    from duet.train.evaluation import evaluate  # torch loads slowly
     from duet.train.report import write_report, write_strip
+    from duet.train.results import text_table
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
-    results = evaluate(config, models, output)
-    page = write_report(results, output)
+    # which stands, whatever becomes of the page
+    results = evaluate(config, models, output, options.average)
+    print(text_table(results), flush=True)
     write_strip(results, output)
-    (output / "results.json").write_text(json.dumps(asdict(results), indent=1))
-    print(text_table(results))
-    print(f"report: {page}")
+    print(f"report: {write_report(results, output)}")
 
 
 if __name__ == "__main__":

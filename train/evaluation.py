@@ -1,94 +1,88 @@
-"""Held-out prompts, fixed seeds: every reward's mean with its bootstrap interval."""
+"""Held-out prompts, fixed seeds: every model's pictures and every reward's scores of them."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
 from duet.configs.errors import UserError
+from duet.configs.outputs import make_folder, require_free, staged, write_new
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
-from duet.configs.schema import EvalConfig, RunConfig
-from duet.inference.adapter_files import check_adapter
-from duet.inference.adapters import load_adapter
+from duet.configs.schema import RunConfig
+from duet.configs.turns import trained_rewards, turns
+from duet.inference.adapter_set import joined_adapters
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
+from duet.inference.outline import read_outline
+from duet.inference.pictures import to_png
 from duet.inference.prompt_check import check_prompts
+from duet.inference.provenance import Provenance
 from duet.inference.request import Request
+from duet.inference.rollout import Rollout
+from duet.inference.trained import load_trained
+from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
+from duet.rewards.resting import Resting
+from duet.train.labels import labels
+from duet.train.lock import locked
 from duet.train.prompts import derive_seed
+from duet.train.results import BASE, PAGE, RESULTS, STRIP, ModelResult, Results, write_results
+from duet.train.statistics import summarise
 
 _SEED = 2**31  # far from any training seed; the same for every model
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One reward of one model; intervals are bootstrapped over prompts."""
+class Judges:
+    """What pictures are measured by."""
 
-    mean: float
-    interval: tuple[float, float]
-    perfect: float  # the share of the scored pictures that score exactly 1
-    change: float | None = None  # to the base, paired by prompt; None: this is the base
-    change_interval: tuple[float, float] | None = None
+    rewards: Mapping[str, Reward]
+    resting: Resting
 
 
-@dataclass(frozen=True)
-class ModelResult:
-    model: str  # its name in tables and folders
-    checkpoints: list[str]
-    images: list[str]  # paths below the report's folder, prompt by prompt
-    # a reward: [prompts, images]; NaN where not scored, None where it does not apply
-    scores: dict[str, list[list[float | None]]]
-    metrics: dict[str, Summary]
+def evaluate(
+    config: RunConfig, models: Sequence[tuple[str, ...]], output: Path, average: bool = False
+) -> Results:
+    """Evaluate the base and then each model (a tuple of checkpoints to load together), or with
+    `average` the averages of its weights.
 
-
-@dataclass(frozen=True)
-class Results:
-    stage: str
-    confidence: float
-    prompts: list[str]
-    rows: list[ModelResult]  # the base first
-
-
-def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path) -> Results:
-    """Evaluate the base and then each model (a tuple of checkpoints to load together).
-
-    Pictures go to `output/<model>/`. Every model gets the same prompts and seeds, so
-    differences to the base are paired. A policy is run in the arithmetic of the config, and
-    so in that which training sampled with.
-    Raises UserError for checkpoints that do not go together.
+    Pictures are written as they are made, and scored with them: memory holds those of one
+    batch. With all done, `output` has a folder of them a model, and the results. Every model
+    gets the same prompts and seeds, so differences to the base are paired. A policy is run in
+    the arithmetic of the config, and so in that which training sampled with.
+    Raises UserError, before weights are read, for rows, checkpoints that do not go together,
+    and a folder in which something would be overwritten or that another process writes to.
     """
     rows = rows_of(config, "eval")
-    model_names = labels(models)
-    for checkpoints in models:  # what is wrong is told before hours of sampling
-        _check_checkpoints(config, checkpoints)
-    rewards = load_rewards((*config.rewards, *config.eval.rewards))
-    results: list[ModelResult] = []
-    for name, checkpoints in zip(["base", *model_names], [(), *models], strict=True):
-        images = _generate(config, checkpoints, rows)
-        scores = _score(rewards, rows, images)
-        base = results[0].scores if results else None
-        metrics = {k: summarise(v, base and base[k], config.eval) for k, v in scores.items()}
-        paths = _write_pictures(images, output, name)
-        results.append(ModelResult(name, list(checkpoints), paths, scores, metrics))
-    return Results(config.stage, config.eval.confidence, [r.prompt for r in rows], results)
+    names = [BASE, *labels(models)]
+    adapters = [(), *(tuple(_check_checkpoints(config, model, average)) for model in models)]
+    check_prompts(read_outline(config.model.path), rows, _size(config))
+    entries = [*names, RESULTS]
+    require_free("--output", output, [*entries, PAGE, STRIP])
+    with locked("--output", output):
+        rewards = load_rewards((*trained_rewards(config), *config.eval.rewards))
+        judges = Judges(rewards, Resting(rewards.items(), config.model.offload))
+        judges.resting.rest()
+        with staged("--output", output, entries) as folder:
+            for name in names:
+                make_folder("--output", folder / name)
+            named = dict(zip(names, adapters, strict=True))
+            found = _evaluate_models(config, rows, judges, named, folder)
+            prompts = [row.prompt for row in rows]
+            results = Results("+".join(turns(config)), config.eval.confidence, prompts, found)
+            write_results(results, folder)
+    return results
 
 
-def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
-    infos = [check_adapter(c, config.model.path) for c in checkpoints]
-    stages = [info.stage for info in infos]
-    if len(set(stages)) < len(stages):
-        raise UserError(
-            f"--checkpoint {','.join(checkpoints)} joins adapters of {' and '.join(stages)}: "
-            "give one of each stage"
-        )
-    for checkpoint, info in zip(checkpoints, infos, strict=True):
+def _check_checkpoints(
+    config: RunConfig, checkpoints: Sequence[str], average: bool
+) -> dict[str, Provenance]:
+    """Their adapters or weights, by folder."""
+    infos = joined_adapters("--checkpoint", checkpoints, config.model.path, average)
+    for checkpoint, info in infos.items():
         if info.arithmetic != config.arithmetic:
             trained, asked = info.arithmetic, config.arithmetic
             raise UserError(
@@ -97,124 +91,86 @@ def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> None:
                 f"{trained.dtype!r} and {trained.mixed_precision!r}: give those, or another "
                 "policy than the trained one is measured"
             )
+    return infos
 
 
-def _write_pictures(images: Sequence[Sequence[Image.Image]], output: Path, name: str) -> list[str]:
-    """Paths relative to `output`, prompt by prompt."""
-    folder = output / name
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, prompt_images in enumerate(images):
-        for n, image in enumerate(prompt_images):
-            path = folder / f"{i:03d}-{n}.png"
-            image.save(path)
-            paths.append(str(path.relative_to(output)))
-    return paths
+def _evaluate_models(
+    config: RunConfig,
+    rows: Sequence[Row],
+    judges: Judges,
+    models: Mapping[str, tuple[str, ...]],  # a name's adapters
+    folder: Path,
+) -> list[ModelResult]:
+    results: list[ModelResult] = []
+    for name, checkpoints in models.items():
+        engine = _engine(config, checkpoints)
+        made = _evaluate_model(engine, config, rows, judges, folder / name)
+        del engine
+        gc.collect()  # the next model must fit in its place
+        base = results[0].scores if results else None
+        metrics = {k: summarise(v, base and base[k], config.eval) for k, v in made.scores.items()}
+        images = [f"{name}/{file}" for files in made.files for file in files]
+        results.append(ModelResult(name, list(checkpoints), images, made.scores, metrics))
+    return results
 
 
-def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
-    """A name a model: its checkpoints' last folders, as many as tell the models apart.
-
-    Raises UserError when a model is given twice.
-    """
-    paths = [[Path(c).resolve().parts[1:] for c in checkpoints] for checkpoints in models]
-    for depth in range(2, 1 + max([2, *(len(p) for model in paths for p in model)])):
-        names = ["+".join("-".join(p[-depth:]) for p in model) for model in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("--checkpoint names one model twice: give every model once")
+def _size(config: RunConfig) -> Size:
+    return Size(config.sampling.height, config.sampling.width)
 
 
-def _generate(
-    config: RunConfig, checkpoints: Sequence[str], rows: Sequence[Row]
-) -> list[list[Image.Image]]:
+def _engine(config: RunConfig, checkpoints: Sequence[str]) -> Engine:
     model = config.model
     pipeline = load_pipeline(model.path, model.dtype, model.device, model.offload)
     for checkpoint in checkpoints:
-        load_adapter(pipeline, checkpoint)
-    engine = Engine.of(pipeline, config)
-    size = Size(config.sampling.height, config.sampling.width)
-    check_prompts(pipeline, rows, size)
-    count = config.eval.images_per_prompt
+        load_trained(pipeline, checkpoint)
+    return Engine.of(pipeline, config)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Of one model, prompt by prompt."""
+
+    files: list[list[str]]
+    scores: dict[str, list[list[Answer]]]
+
+
+def _evaluate_model(
+    engine: Engine,
+    config: RunConfig,
+    rows: Sequence[Row],
+    judges: Judges,
+    folder: Path,
+) -> _Made:
+    size, count = _size(config), config.eval.images_per_prompt
     requests = [
         Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
         for i, row in enumerate(rows)
     ]
-    images = [rollout.images for rollout in engine.rollout(requests)]
-    del pipeline, engine
-    gc.collect()  # the next model must fit in its place
-    return images
+    made = _Made([[]] * len(rows), {name: [[]] * len(rows) for name in judges.rewards})
+    for part in engine.in_parts(requests):
+        for place, rollout in part:
+            made.files[place] = list(_write_pictures(rollout, folder, place))
+        with judges.resting.awake():
+            scores = _score(judges.rewards, [(rows[place], rollout) for place, rollout in part])
+        for name, answers in scores.items():
+            for (place, _), own in zip(part, answers, strict=True):
+                made.scores[name][place] = own
+    return made
+
+
+def _write_pictures(rollout: Rollout, folder: Path, place: int) -> Iterator[str]:
+    for n, image in enumerate(rollout.images):
+        write_new(folder / f"{place:03d}-{n}.png", to_png(image))
+        yield f"{place:03d}-{n}.png"
 
 
 def _score(
-    rewards: Mapping[str, Reward], rows: Sequence[Row], images: Sequence[list[Image.Image]]
-) -> dict[str, list[list[float | None]]]:
+    rewards: Mapping[str, Reward], part: Sequence[tuple[Row, Rollout]]
+) -> dict[str, list[list[Answer]]]:
     """Per reward [prompts, images]; NaN where it failed, None where it does not apply."""
     inputs = [
-        RewardInput(image, row.prompt, row)
-        for row, prompt_images in zip(rows, images, strict=True)
-        for image in prompt_images
+        RewardInput(image, row.prompt, row) for row, rollout in part for image in rollout.images
     ]
-    sizes = [len(prompt_images) for prompt_images in images]
-    return {
-        name: np.reshape(score(reward, name, inputs, sizes), (len(rows), -1)).tolist()
-        for name, reward in tqdm(rewards.items(), desc="scoring", leave=False, disable=None)
-    }
-
-
-def summarise(scores: list, base: list | None, config: EvalConfig) -> Summary:
-    """Means over prompts of [prompts, images] scores; `base`: those to compare with."""
-    values, single = _prompt_means(scores), np.array(scores, dtype=float)
-    change = None if base is None else values - _prompt_means(base)
-    return Summary(
-        mean=_mean(values),
-        interval=bootstrap_interval(values, config),
-        perfect=float((single == 1).sum() / max(1, (~np.isnan(single)).sum())),
-        change=None if change is None else _mean(change),
-        change_interval=None if change is None else bootstrap_interval(change, config),
-    )
-
-
-def _mean(values: np.ndarray) -> float:
-    """Of what is known; NaN where nothing is."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
-def _prompt_means(scores: list) -> np.ndarray:
-    """[prompts, images] -> [prompts], over the pictures that could be scored."""
-    table = np.array(scores, dtype=float)
-    known = ~np.isnan(table)
-    total = np.where(known, table, 0.0).sum(-1)
-    return np.where(known.any(-1), total / np.maximum(known.sum(-1), 1), np.nan)
-
-
-def bootstrap_interval(values: Sequence[float], config: EvalConfig) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over prompts (Efron), NaN left out."""
-    known = np.array([v for v in values if not np.isnan(v)])
-    if not len(known):
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(0)
-    picks = rng.integers(len(known), size=(config.bootstrap_samples, len(known)))
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(known[picks].mean(-1), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def text_table(results: Results) -> str:
-    """Models by rewards; below the base, the paired change and its interval."""
-    names = list(results.rows[0].metrics)
-    width = max(len(row.model) for row in results.rows)
-    lines = [" | ".join([" " * width, *(f"{n:>30}" for n in names)])]
-    for row in results.rows:
-        cells = [f"{_cell(row.metrics[n]):>30}" for n in names]
-        lines.append(" | ".join([row.model.ljust(width), *cells]))
-    return "\n".join(lines)
-
-
-def _cell(summary: Summary) -> str:
-    if summary.change_interval is None:
-        low, high = summary.interval
-        return f"{summary.mean:.3f} [{low:.3f}, {high:.3f}]"
-    low, high = summary.change_interval
-    return f"{summary.mean:.3f} {summary.change:+.3f} [{low:+.3f}, {high:+.3f}]"
+    sizes = [len(rollout) for _, rollout in part]
+    answers = {name: iter(score(reward, name, inputs, sizes)) for name, reward in rewards.items()}
+    return {name: [[next(own) for _ in range(n)] for n in sizes] for name, own in answers.items()}

@@ -106,10 +106,14 @@ class Comparison:
 
 
 def compare_with_stock(engine: Engine, prompt: str, size: Size) -> Comparison:
-    """One picture by the engine and by the stock pipeline, from the same prior and noise."""
+    """One picture by the engine and by the stock pipeline, from the same prior and noise.
+
+    Any prior tokens serve, so the AR is not asked for them.
+    """
     noise = engine.initial_noise(_SEED, size)
     request = Request(prompt, (_SEED,), size, noise=noise)
-    prior = engine.priors([request])[0]
+    draw = torch.Generator().manual_seed(_SEED)
+    prior = torch.randint(engine.codebook_size, (1, size.grid.count), generator=draw)
     pipeline, sampling = engine.pipeline, engine.sampling
     # the stock pipeline runs where its parts are: `decode` has brought those that it needs
     with _listening(pipeline.transformer) as ours:

@@ -1,6 +1,8 @@
 """How a rollout divides over processes, micro-batches and updates."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
@@ -23,8 +25,8 @@ class Geometry:
         return self.rollouts * self.updates_per_rollout
 
 
-def geometry(config: RunConfig, processes: int) -> Geometry:
-    """Raises UserError for what does not divide."""
+def geometry(config: RunConfig, processes: int, rollouts: int) -> Geometry:
+    """`rollouts`: of the whole run, by this config. Raises UserError for what does not divide."""
     groups = config.rollout.prompts_per_step
     if groups % processes:
         raise UserError(
@@ -40,4 +42,41 @@ def geometry(config: RunConfig, processes: int) -> Geometry:
             f"per_device_train_batch_size * gradient_accumulation_steps = {share}: "
             f"give a divisor of {samples}"
         )
-    return Geometry(samples, share, config.grpo.num_iterations, config.train.max_steps)
+    return Geometry(samples, share, config.grpo.num_iterations, rollouts)
+
+
+def nearest_geometry(config: RunConfig, processes: int) -> dict[str, int]:
+    """The settings to change so that it divides, as little as may be: none where it does.
+
+    A micro-batch only shrinks: memory is reckoned for it.
+    """
+    rollout, optim = config.rollout, config.optim
+    groups = max(1, round(rollout.prompts_per_step / processes)) * processes
+    samples = groups // processes * rollout.num_generations
+    share = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+    share = min(_divisors(samples), key=lambda d: (abs(d - share), d))
+    fitting = [d for d in _divisors(share) if d <= optim.per_device_train_batch_size]
+    found = {
+        "rollout.prompts_per_step": groups,
+        "optim.per_device_train_batch_size": max(fitting),
+        "optim.gradient_accumulation_steps": share // max(fitting),
+    }
+    return {name: value for name, value in found.items() if value != setting_of(config, name)}
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def setting_of(config: RunConfig, name: str) -> Any:
+    """By its dotted name."""
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """With other values by their dotted names."""
+    for name, value in settings.items():
+        section, key = name.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+    return config

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from duet.inference.rollout import Rollout
 from duet.train import gate
-from duet.train.setup import Run
+from duet.train.run import Run
 from duet.train.together import together
 from duet.train.update import rescore, update
 

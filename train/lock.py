@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""One writer at a time in a folder."""
 
 import fcntl
 import os
@@ -6,15 +6,18 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from operator import attrgetter
 from pathlib import Path
 
 from accelerate import PartialState
 
-from duet.configs.errors import UserError, require_folder, tell
+from duet.configs.errors import UserError, tell
+from duet.configs.outputs import make_folder
 from duet.configs.schema import RunConfig
 from duet.inference.model import pick_device
 from duet.train.together import together
 
+Work = Callable[[RunConfig], Path]
 _LOCK = ".lock"
 
 
@@ -27,9 +30,8 @@ def locked(name: str, folder: Path) -> Iterator[None]:
     between machines as far as the server's lock service does.
     Raises UserError while another process has it, and where nothing can be written.
     """
-    require_folder(name, folder)
+    make_folder(name, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a+")
     except OSError as error:
         raise UserError(f"{name} = {str(folder)!r} cannot be written: {error.strerror}") from error
@@ -52,18 +54,21 @@ def locked(name: str, folder: Path) -> Iterator[None]:
         yield
 
 
-def alone(train: Callable[[RunConfig], Path]) -> Callable[[RunConfig], Path]:
-    """`train`, while no other run writes to its output folder; of several processes the main
-    one locks, and all end where it cannot.
+def alone(name: str) -> Callable[[Work], Work]:
+    """For work that writes to the folder which the setting `name` tells: while it runs, no other
+    does. Of several processes the main one locks, and all end where it cannot.
     """
 
-    @wraps(train)
-    def run(config: RunConfig) -> Path:
-        state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
-        with ExitStack() as held:
-            with together(state):
-                if state.is_main_process:
-                    held.enter_context(locked("output_dir", Path(config.output_dir)))
-            return train(config)
+    def decorate(work: Work) -> Work:
+        @wraps(work)
+        def run(config: RunConfig) -> Path:
+            state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
+            with ExitStack() as held:
+                with together(state):
+                    if state.is_main_process:
+                        held.enter_context(locked(name, Path(attrgetter(name)(config))))
+                return work(config)
 
-    return run
+        return run
+
+    return decorate

@@ -10,18 +10,19 @@ from PIL import Image
 
 from duet.inference.rollout import Rollout
 from duet.train.metrics import METRICS_FILE, read_metrics
-from duet.train.setup import Run
+from duet.train.run import Training
 
 
 class MetricsLog:
     """The main process writes; the others' calls do nothing."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, training: Training) -> None:
         """Raises UserError for damaged metrics of the steps before."""
-        accelerator, start = run.accelerator, run.start
-        self.accelerator, self.folder = accelerator, Path(run.config.output_dir)
-        self.images_every = run.config.train.logging_images_steps
+        accelerator, start = training.accelerator, training.start
+        self.accelerator, self.folder = accelerator, Path(training.config.output_dir)
+        self.images_every = training.config.train.logging_images_steps
         self.path = self.folder / METRICS_FILE
+        self.alone = len(training.runs) == 1
         self.history: list[dict] = []  # of the steps before, in a resumed run
         if accelerator.is_main_process:
             if start.checkpoint:
@@ -32,14 +33,24 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(s) + "\n" for s in self.history))
             partial.replace(self.path)
 
-    def write(self, metrics: dict[str, float], rollouts: Sequence[Rollout], step: int) -> None:
-        """After step `step`, counted from 1; in the pictures' grid each row is a group."""
+    def history_of(self, part: str) -> list[dict]:
+        """The part's steps among those before."""
+        return [step for step in self.history if step["stage"] == part]
+
+    def write(
+        self, part: str, metrics: dict[str, float], rollouts: Sequence[Rollout], step: int
+    ) -> None:
+        """After step `step`, counted from 1; in the pictures' grid each row is a group.
+
+        Of a run in turns the trackers get `ar/reward` and `decoder/reward`, a chart each.
+        """
         if not self.accelerator.is_main_process:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.accelerator.log(metrics, step=step)
+            file.write(json.dumps({"step": step, "stage": part, **finite}) + "\n")
+        told = metrics if self.alone else {f"{part}/{k}": v for k, v in metrics.items()}
+        self.accelerator.log(told, step=step)
         if (step - 1) % self.images_every == 0:
             grid = image_grid([i for r in rollouts for i in r.images], len(rollouts[0]))
             self._write_images(grid, step)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import load
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import AdamW
 
-from duet.configs.errors import UserError, first_line
+from duet.configs.errors import UserError
 from duet.configs.schema import AverageConfig, OptimConfig
 from duet.inference.adapters import adapter_disabled
 from duet.inference.trained import AVERAGE
@@ -22,8 +21,6 @@ from duet.train.dropout import lora_dropout
 from duet.train.schedule import make_schedule
 from duet.train.swap import swapped
 from duet.train.tuning import Tuning
-
-_STATE = "state"  # optimizer, scheduler and RNG, as accelerate writes them
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,6 @@ class Policy:
         self.average = None if average is None else Average(average, self.trained)
         self.skipped_in_a_row = 0  # updates
         self._losses: list[Tensor] = []  # of the micro-batches since the last update
-        # `save_state` must not write, nor `load_state` read, the frozen base
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -159,12 +153,11 @@ class Policy:
             )
 
     def save(self, folder: Path) -> None:
-        """Collective: every process calls it, one writes.
+        """The trained weights. Collective: every process calls it, one writes.
 
-        Raises UserError where a weight is not finite.
+        Raises UserError where one is not finite.
         """
         self.require_finite()
-        self.accelerator.save_state(str(folder / _STATE))
         if self.accelerator.is_main_process:
             self.tuning.write(self.inner, folder / self.tuning.folder)
             self._write_average(folder / AVERAGE)
@@ -176,20 +169,11 @@ class Policy:
                 self.tuning.write(self.inner, folder)
 
     def load(self, folder: Path) -> None:
-        """The very weights, average, optimizer, schedule and RNG that were saved.
+        """The very weights, and their average, that were saved.
 
-        Raises UserError for a damaged checkpoint.
+        Raises UserError for damaged ones.
         """
         if self.average is not None:
             self.tuning.read(self.inner, folder / AVERAGE)
             self.average.read(folder / AVERAGE, self.trained)
         self.tuning.read(self.inner, folder)
-        try:
-            state = folder / _STATE
-            # load_state passes over random states that it cannot read
-            load(state / f"random_states_{self.accelerator.process_index}.pkl")
-            self.accelerator.load_state(str(state))
-        except Exception as error:  # torch, pickle and zip readers each raise their own kinds
-            raise UserError(
-                f"checkpoint {str(folder)!r} is damaged ({first_line(error)}): resume from another"
-            ) from error

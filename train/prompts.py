@@ -17,6 +17,8 @@ class Group:
     row: Row
     seeds: tuple[int, ...]  # one a sample, for the policy's draws
     fixed_seed: int  # for what is held fixed within the group
+    index: int  # of its row
+    epoch: int  # how often the rows were walked before
 
 
 def derive_seed(*parts: int) -> int:
@@ -36,10 +38,20 @@ def draw_groups(
     for i in range(count):
         id = step * count + i
         epoch, place = divmod(id, len(rows))
-        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        index = int(_order(len(rows), seed, epoch)[place])
         seeds = tuple(derive_seed(seed, id, n) for n in range(num_generations))
-        groups.append(Group(id, rows[order[place]], seeds, derive_seed(seed, id)))
+        groups.append(Group(id, rows[index], seeds, derive_seed(seed, id), index, epoch))
     return groups
+
+
+def fixed_seeds(count: int, seed: int, epoch: int) -> list[int]:
+    """The `fixed_seed` of the group that each of `count` rows has in an epoch, by the row."""
+    places = _order(count, seed, epoch).argsort()
+    return [derive_seed(seed, epoch * count + int(place)) for place in places]
+
+
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def shard(groups: Sequence[Group], rank: int, world_size: int) -> list[Group]:

@@ -2,22 +2,29 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from duet.train.evaluation import ModelResult, Results
+from duet.configs.outputs import write_new
+from duet.inference.pictures import to_png
 from duet.train.log import image_grid
 from duet.train.metrics import read_metrics
+from duet.train.results import PAGE, STRIP, ModelResult, Results, columns
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 _PICTURES = 24  # prompts shown; the folder holds the rest
 _STRIP = 8  # prompts of the strip before/after
 _CURVES = ("reward", "watch/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
+# stand for the page's colours, which matplotlib has no word for
+_INK, _CURVE = "#0a0b0c", "#0d0e0f"
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _NO_CURVES = ("not_scored", "/std", "seconds", "samples_per_second")
 
 
@@ -37,13 +44,13 @@ def write_report(results: Results, output: Path) -> Path:
         stage=results.stage,
         confidence=results.confidence,
         rows=rows,
-        rewards=list(rows[0].metrics),
+        columns=columns(results),
         prompts=len(results.prompts),
-        curves=_curves(rows),
+        runs=_runs(rows),
         pictures=pictures,
     )
-    path = output / "index.html"
-    path.write_text(page, encoding="utf-8")
+    path = output / PAGE
+    write_new(path, page.encode(errors="backslashreplace"))
     return path
 
 
@@ -54,8 +61,8 @@ def write_strip(results: Results, output: Path) -> Path:
         for row in (results.rows[0], results.rows[-1])
         for path in _first_pictures(row, results)[:_STRIP]
     ]
-    path = output / "before_after.png"
-    image_grid(chosen, len(chosen) // 2).save(path)
+    path = output / STRIP
+    write_new(path, to_png(image_grid(chosen, len(chosen) // 2)))
     return path
 
 
@@ -73,31 +80,33 @@ def _first_pictures(row: ModelResult, results: Results) -> list[str]:
     return row.images[:: len(row.images) // len(results.prompts)]
 
 
-def _curves(rows: list[ModelResult]) -> list[dict]:
-    """The training curves of every run that a checkpoint came from, as inline SVG."""
-    runs = {Path(c).resolve().parent for row in rows for c in row.checkpoints}
-    curves = []
-    for run in sorted(runs):
-        steps = read_metrics(run)
-        if steps:
-            curves.append({"run": run.name, "svg": _chart(steps)})
-    return curves
+def _runs(rows: list[ModelResult]) -> list[dict]:
+    """The training curves of every run that a checkpoint came from."""
+    folders = {Path(c).resolve().parent for row in rows for c in row.checkpoints}
+    return [{"name": f.name, "charts": _charts(read_metrics(f))} for f in sorted(folders)]
 
 
-def _chart(steps: list[dict]) -> str:
-    names = [n for n in steps[-1] if n.startswith(_CURVES) and not n.endswith(_NO_CURVES)]
-    columns = 3
-    lines = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(11, 2.1 * lines), squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.remove()
-    for axis, name in zip(axes.flat, names, strict=False):
+def _charts(steps: list[dict]) -> list[dict]:
+    """A curve a metric, as inline SVG."""
+    charts = []
+    for name in dict.fromkeys(name for step in steps for name in step):
         known = [(s["step"], s[name]) for s in steps if s.get(name) is not None]
-        axis.plot(*zip(*known, strict=True), linewidth=1.2)
-        axis.set_title(name, fontsize=9)
+        if known and name.startswith(_CURVES) and not name.endswith(_NO_CURVES):
+            charts.append({"name": name, "svg": _chart(*zip(*known, strict=True))})
+    return charts
+
+
+def _chart(steps: Sequence[int], values: Sequence[float]) -> str:
+    """In the page's own colours and letters, which follow its light or dark."""
+    with pyplot.rc_context({name: _INK for name in _INKED} | {"svg.fonttype": "none"}):
+        figure, axis = pyplot.subplots(figsize=(3.6, 2.1))
+        axis.plot(steps, values, linewidth=1.2, color=_CURVE, marker="" if len(steps) > 1 else "o")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+        axis.yaxis.offsetText.set_fontsize(7)
+        figure.tight_layout()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+        pyplot.close(figure)
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return svg.replace(_INK, "currentColor").replace(_CURVE, "var(--curve)")

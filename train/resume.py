@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +13,19 @@ from duet.configs.digests import Damaged
 from duet.configs.errors import UserError, require_folder, tell
 from duet.configs.row import PICTURES, Row
 from duet.configs.schema import RunConfig
+from duet.configs.turns import turns
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.fingerprint import fingerprint
 from duet.inference.model import COMPONENTS, model_folder
 from duet.inference.provenance import Provenance
 from duet.inference.trained import averaged, check_trained
-from duet.train.checkpoint import Inputs, Position, checkpoints, read_position
+from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
 from duet.train.metrics import read_metrics
 
 # what the optimizer, the schedule, the order of the prompts and the actions were made for
 _KEPT = (
+    "part",
+    "steps",
     "seed",
     "sampling",
     "sde",
@@ -31,6 +35,7 @@ _KEPT = (
     "optim",
     "rollout.prompts_per_step",
     "rollout.num_generations",
+    "rollout.priors",
     "grpo.num_iterations",
     "model.dtype",
     "train.mixed_precision",
@@ -38,7 +43,13 @@ _KEPT = (
 # of these what changes memory alone
 _FREE = ("optim.gradient_checkpointing", "optim.steps_per_backward")
 # what may be changed on purpose, and is told
-_TOLD = ("rewards", "grpo", "train.max_steps")
+_TOLD = (
+    "rewards",
+    "grpo",
+    "train.max_steps",
+    "rollout.prior_cache",
+    "rollout.priors_per_prompt",
+)
 
 
 @dataclass(frozen=True)
@@ -133,18 +144,17 @@ def _newest(held: Sequence[Path]) -> tuple[Path, Position]:
 def _require_agreement(
     path: Path, position: Position, config: RunConfig, processes: int, inputs: Inputs
 ) -> None:
-    checkpoint = f"checkpoint {str(path)!r}"
-    if position.stage != config.stage:
+    checkpoint, parts = f"checkpoint {str(path)!r}", turns(config)
+    if position.stage != "+".join(parts):
         raise UserError(
-            f"{checkpoint} is of stage {position.stage!r}, the config of {config.stage!r}"
+            f"{checkpoint} is of stage {position.stage!r}, the config of {'+'.join(parts)!r}"
         )
     if position.num_processes != processes:  # the schedule counts updates, each has its RNG
         raise UserError(
             f"{processes} processes, but {checkpoint} was trained with "
             f"{position.num_processes}: launch that many"
         )
-    kept = [name for name in _KEPT if name != "lora" or config.tuning == "lora"]
-    for name, was, now in _changes(position, config, kept):
+    for name, was, now in _changes(position, config, _KEPT):
         raise UserError(
             f"{name} = {now!r}, but {checkpoint} was trained with {was!r}: "
             "give that to go on, or begin a new run in another output_dir"
@@ -160,8 +170,10 @@ def _require_agreement(
             f"data.train = {config.data.train!r} has other rows than {checkpoint} was trained "
             "with: give those to go on, or begin a new run in another output_dir"
         )
-    for folder in [path, averaged(path)] if config.average else [path]:
-        _require_shape(check_trained(folder, config.model.path), folder, config)
+    for part, own in parts.items():
+        folder = part_folder(path, part, parts)
+        for each in [folder, averaged(folder)] if own.average else [folder]:
+            _require_shape(check_trained(each, config.model.path), each, own)
 
 
 def _require_shape(found: Provenance, folder: str | Path, config: RunConfig) -> None:
@@ -179,17 +191,33 @@ def _require_shape(found: Provenance, folder: str | Path, config: RunConfig) -> 
 def _changes(
     position: Position, config: RunConfig, names: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, then, now) of those below `names` that differ."""
-    for name, was, now in _differences(position.config, json.loads(json.dumps(asdict(config)))):
-        meant = any(name == n or name.startswith(f"{n}.") for n in names)
-        if meant and name not in _FREE:
+    """(setting, then, now) of those below `names` that differ; of each turn too."""
+    for name, was, now in _differences(position.config, _used(config)):
+        plain = _TURN.sub("", name)
+        meant = any(plain == n or plain.startswith(f"{n}.") for n in names)
+        if meant and plain not in _FREE:
             yield name, was, now
 
 
+_TURN = re.compile(r"stages\[\d+\]\.")
+
+
+def _used(config: RunConfig) -> dict[str, Any]:
+    """As JSON holds it, without the adapter's settings where none is trained."""
+    told = json.loads(json.dumps(asdict(config)))
+    for each in (told, *told["stages"]):
+        if each["tuning"] == "full":
+            del each["lora"]
+    return told
+
+
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, then, now); of mappings what both sides know."""
+    """(dotted name, then, now); of mappings what both sides know, of lists the turns alone."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in (key for key in now if key in was):
             yield from _differences(was[key], now[key], f"{name}.{key}".lstrip("."))
+    elif name == "stages" and len(was) == len(now):
+        for i, pair in enumerate(zip(was, now, strict=True)):
+            yield from _differences(*pair, f"stages[{i}]")
     elif was != now:
         yield name, was, now

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from duet.configs.schema import RewardConfig, RunConfig
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
 from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
+from duet.rewards.registry import load_rewards
+from duet.rewards.resting import Resting
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.prompts import Group
 
@@ -41,6 +44,7 @@ class Scorer:
 
     trained: Mapping[str, Reward]
     watched: Mapping[str, Reward]
+    resting: Resting = Resting()
 
     def __call__(self, groups: Sequence[Group], rollouts: Sequence[Rollout]) -> Scores:
         """Every reward on every sample. Raises UserError when a reward's answer is none."""
@@ -55,6 +59,34 @@ class Scorer:
             return {n: _column(score(r, n, inputs, sizes)) for n, r in rewards.items()}
 
         return Scores(columns(self.trained), columns(self.watched))
+
+
+def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
+    """A turn's rewards with their weights, by its part; what two ask for alike is loaded once.
+
+    Raises UserError, with a reward's name.
+    """
+    known: list[tuple[RewardConfig, Reward]] = []
+
+    def find(asked: RewardConfig) -> Reward:
+        alike = replace(asked, weight=1.0)  # the weight is the advantages'
+        for config, reward in known:
+            if config == alike:
+                return reward
+        known.append((alike, load_rewards([asked])[asked.metric_name]))
+        return known[-1][1]
+
+    def named(asked: Sequence[RewardConfig]) -> dict[str, Reward]:
+        return {reward.metric_name: find(reward) for reward in asked}
+
+    made = {}
+    for part, config in configs.items():
+        trained, watched = named(config.rewards), named(config.watch.rewards)
+        resting = Resting([*trained.items(), *watched.items()], config.model.offload)
+        made[part] = Scorer(trained, watched, resting)
+    for scorer in made.values():  # now that each turn knows where its rewards are at home
+        scorer.resting.rest()
+    return made
 
 
 def _column(answers: Sequence[Answer]) -> Tensor:

@@ -1,98 +1,134 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from diffusers import GlmImagePipeline
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
+from duet.configs.turns import rollouts_of, trained_rewards, turns
 from duet.inference.engine import Engine
-from duet.inference.model import load_pipeline, pick_device
+from duet.inference.layout import Size
+from duet.inference.model import load_pipeline, model_folder, pick_device
+from duet.inference.outline import read_outline
+from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
-from duet.rewards.registry import load_rewards
 from duet.train import gate
+from duet.train.checkpoint import load_checkpoint
 from duet.train.environment import require_own_settings
-from duet.train.geometry import Geometry, geometry
+from duet.train.geometry import geometry
+from duet.train.memory import require_fit
 from duet.train.policy import Policy
+from duet.train.prior_cache import PriorCache, check_cache
+from duet.train.prior_stamp import make_stamp
+from duet.train.prior_tokens import require_references
 from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
-from duet.train.scoring import Scorer
+from duet.train.run import Run, Training
+from duet.train.scoring import load_scorers
 from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
+from duet.train.state import leave_weights_out
 from duet.train.together import from_main
 from duet.train.trackers import prepare_trackers, tracker_arguments
 from duet.train.tuning import tuning_of
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a step needs."""
-
-    config: RunConfig
-    accelerator: Accelerator
-    geometry: Geometry
-    stage: Stage
-    policy: Policy
-    scorer: Scorer
-    weights: torch.Tensor  # [R], of the trained rewards
-    rows: Sequence[Row]
-    start: Start
-    signals: Signals = field(default_factory=Signals)
-
-    @property
-    def shows(self) -> bool:
-        """Progress bars come from one process a machine, and go to a terminal alone."""
-        return self.accelerator.is_local_main_process and sys.stderr.isatty()
-
-
-def prepare(config: RunConfig) -> Run:
+def prepare(config: RunConfig) -> Training:
     """Build the run, resume it if asked, and pass the gates that need no rollout.
 
     Raises UserError for anything the user can mend.
     """
-    config.require_trainable()
+    parts = turns(config)
+    for part in parts.values():
+        part.require_trainable()
     accelerator = _accelerator(config)
-    rows, held_out = (
-        rows_of(config, part, accelerator.is_local_main_process) for part in ("train", "eval")
-    )
-    untold = untold_text(rows)
-    if untold and accelerator.is_main_process and any(r.name == "ocr" for r in config.rewards):
-        tqdm.write(f"duet: {untold}")
-    divided = geometry(config, accelerator.num_processes)
-    processes = accelerator.num_processes
+    processes, show = accelerator.num_processes, accelerator.is_local_main_process
+    rows, held_out = (rows_of(config, part, show) for part in ("train", "eval"))
+    _tell_untold_text(rows, config, accelerator)
+    divided = {
+        name: geometry(part, processes, rollouts_of(config, name)) for name, part in parts.items()
+    }
+    for part in parts.values():
+        require_references(part, rows)
     start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
-    scorer = Scorer(load_rewards(config.rewards), load_rewards(config.watch.rewards))
-    set_seed(config.seed)
-    model = config.model
-    pipeline = load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload)
-    engine = Engine.of(pipeline, config, accelerator.is_local_main_process)
-    stage = STAGES[config.stage](engine, config)
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+        for part in parts.values():
+            require_fit(part, model_folder(config.model.path), processes, memory)
+    outline = read_outline(config.model.path)
+    size = Size(config.sampling.height, config.sampling.width)
     for each in (rows, held_out):
-        check_prompts(pipeline, each, stage.size, accelerator.is_local_main_process)
-    base = start.inputs.model[stage.part.component]
-    module = stage.part.module(pipeline)
-    engine.placement.bring(stage.part.component)
-    if config.optim.gradient_checkpointing:
-        recompute_blocks(module, stage.part.block)
-    tuning = tuning_of(config, base)
-    policy = Policy(accelerator, module, tuning, config.optim, divided.updates, config.average)
+        check_prompts(outline, each, size, show)
+    cached = [part for part in parts.values() if PriorCache.of(part) is not None]
+    for part in cached:
+        ar = start.inputs.model[AR.component]
+        from_main(accelerator, lambda: check_cache(part, make_stamp(part, rows, ar), rows))  # noqa: B023
+    scorers = load_scorers(parts)
+    set_seed(config.seed)
+    pipeline = _pipeline(config, accelerator, [AR.component] if cached else [])
+    stages = {
+        name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
+    }
+    leave_weights_out(accelerator)
+    signals = Signals()
+    runs = {
+        name: Run(
+            part,
+            accelerator,
+            divided[name],
+            stages[name],
+            _policy(part, stages[name], accelerator, start, divided[name].updates),
+            scorers[name],
+            torch.tensor([r.weight for r in part.rewards]),
+            rows,
+            signals,
+        )
+        for name, part in parts.items()
+    }
+    training = Training(config, accelerator, runs, start, signals)
     if start.checkpoint:
-        policy.load(start.checkpoint)
-    gate.check_schedule(engine, stage.size)
-    gate.check_reference(engine, rows[0].prompt, stage.size, config.arithmetic.precision)
+        load_checkpoint(training.policies, start.checkpoint)
+    first = next(iter(stages.values()))  # what is judged is what trains
+    gate.check_schedule(first.engine, size)
+    gate.check_reference(first.engine, rows[0].prompt, size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
-    weights = torch.tensor([r.weight for r in config.rewards])
-    return Run(config, accelerator, divided, stage, policy, scorer, weights, rows, start)
+    return training
+
+
+def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accelerator) -> None:
+    untold = untold_text(rows)
+    read = any(reward.name == "ocr" for reward in trained_rewards(config))
+    if untold and read and accelerator.is_main_process:
+        tqdm.write(f"duet: {untold}")
+
+
+def _pipeline(
+    config: RunConfig, accelerator: Accelerator, unread: Sequence[str]
+) -> GlmImagePipeline:
+    model = config.model
+    return load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload, unread)
+
+
+def _policy(
+    config: RunConfig, stage: Stage, accelerator: Accelerator, start: Start, updates: int
+) -> Policy:
+    part, engine = stage.part, stage.engine
+    tuning = tuning_of(config, start.inputs.model[part.component])
+    module = part.module(engine.pipeline)
+    engine.placement.bring(part.component)
+    if config.optim.gradient_checkpointing:
+        recompute_blocks(module, part.block)
+    return Policy(accelerator, module, tuning, config.optim, updates, config.average)
 
 
 # torch's new name for it means something else, and accelerate passes on the old one alone

@@ -10,7 +10,7 @@ from torch import Tensor
 from duet.configs.errors import UserError
 from duet.train.collect import Collected
 from duet.train.learn import Learned
-from duet.train.setup import Run
+from duet.train.run import Run
 from duet.train.stages import sampled_logprobs
 
 FOLDER = "skipped"

@@ -21,6 +21,8 @@ from duet.inference.rollout import LatentTrajectory, Rollout
 from duet.inference.samples import Samples, join
 from duet.train.gap import Bounds
 from duet.train.loss import k3_kl
+from duet.train.prior_cache import PriorCache
+from duet.train.prior_tokens import make_priors
 from duet.train.prompts import Group, derive_seed
 
 
@@ -115,34 +117,24 @@ class ArStage:
 
 
 class DecoderStage:
-    """Policy: the DiT. Fixed within a group: prior tokens and initial noise.
-
-    Prior tokens are encoded from the row's reference image where there is one,
-    else sampled once a prompt by the AR.
-    """
+    """Policy: the DiT. Fixed within a group: prior tokens and initial noise."""
 
     part = DECODER
 
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine, self.config = engine, config
         self.size = Size(config.sampling.height, config.sampling.width)
+        self.cache = PriorCache.of(config)
 
     def requests(self, groups: Sequence[Group]) -> list[Request]:
         asked = [_request(self.engine, group, self.size) for group in groups]
-        drawn = iter(
-            self.engine.priors(
-                [
-                    replace(request, seeds=(group.fixed_seed,))
-                    for request, group in zip(asked, groups, strict=True)
-                    if "image" not in group.row
-                ]
-            )
-        )
-        priors = [self._encoded(g) if "image" in g.row else next(drawn)[0] for g in groups]
+        priors = self._priors(groups) if self.cache is None else map(self.cache.prior, groups)
         return [replace(r, prior=prior) for r, prior in zip(asked, priors, strict=True)]
 
-    def _encoded(self, group: Group) -> Tensor:
-        return self.engine.encode_prior(group.row.picture("image"), self.size)
+    def _priors(self, groups: Sequence[Group]) -> list[Tensor]:
+        rows, seeds = [g.row for g in groups], [(g.fixed_seed,) for g in groups]
+        made = make_priors(self.engine, self.size, self.config.rollout.priors, rows, seeds)
+        return [prior[0] for prior in made]
 
     def window(self, step: int) -> range:
         """One window for all groups of a step, so within each group too."""

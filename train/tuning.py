@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import add_adapter, restore_adapter, save_adapter
+from duet.inference.parts import Part
 from duet.inference.provenance import Provenance
 from duet.inference.weights import restore_weights, save_weights
 from duet.train.swap import copies
@@ -64,12 +65,8 @@ class Full:
     folder = "weights"
 
     def attach(self, module: Module) -> list[Tensor]:
-        idle = tuple(f"{name}." for name in self.info.part.idle)
-        trained = [p for name, p in module.named_parameters() if not name.startswith(idle)]
-        initial = copies(trained)
-        module.float()
-        for parameter in trained:
-            parameter.requires_grad = True
+        initial = copies(passed(module, self.info.part))
+        train_whole(module, self.info.part)
         return initial
 
     def write(self, module: Module, folder: Path) -> None:
@@ -77,6 +74,18 @@ class Full:
 
     def read(self, module: Module, folder: Path) -> None:
         restore_weights(module, folder)
+
+
+def passed(module: Module, part: Part) -> list[Parameter]:
+    """The parameters that a training forward passes."""
+    idle = tuple(f"{name}." for name in part.idle)
+    return [p for name, p in module.named_parameters() if not name.startswith(idle)]
+
+
+def train_whole(module: Module, part: Part) -> None:
+    """In float32, and all that a training forward passes requires gradients."""
+    for parameter in passed(module.float(), part):
+        parameter.requires_grad = True
 
 
 def tuning_of(config: RunConfig, base: str) -> Tuning:

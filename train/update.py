@@ -13,7 +13,7 @@ from duet.inference.rollout import Rollout
 from duet.train.gap import Gap
 from duet.train.loss import Actions, Counts, policy_loss, truncated_weight
 from duet.train.metrics import Totals
-from duet.train.setup import Run
+from duet.train.run import Run
 from duet.train.stages import Scored, Stage, sampled_logprobs
 
 
@@ -100,6 +100,9 @@ def update(
     rollout has several updates, or dropout. A single one's own forward is the trainer's.
     """
     accelerator, policy, grpo = run.accelerator, run.policy, run.config.grpo
+    # of the accelerator, which the parts of a run share
+    accelerator.gradient_accumulation_steps = run.config.optim.gradient_accumulation_steps
+    accelerator.step = 0  # a rollout begins with an update
     device = accelerator.device
     advantages = advantages.to(device)
     sampled = sampled_logprobs(run.stage, rollouts, device)

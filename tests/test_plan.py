@@ -1,0 +1,270 @@
+"""duet plan: the facts' figures, the shipped configs on their card, and what is refused."""
+
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from duet.configs.errors import UserError
+from duet.configs.load import load_config
+from duet.configs.reward_schema import RewardConfig
+from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.inference.adapters import add_adapter
+from duet.inference.shapes import Scale
+from duet.launch import cost, plan
+from duet.train.footprint import Kernel, without_values
+from duet.train.geometry import changed, geometry, nearest_geometry
+from duet.train.memory import GIB, engine_batches, peak, phases, require_fit, savings, step_of
+from duet.train.workload import Scoring, Subject, trained_parameters, update, weight_bytes
+from tests.conftest import MODEL, ROOT
+
+REAL = {stage: ROOT / "configs" / "glm_image" / f"{stage}.yaml" for stage in ("ar", "decoder")}
+LORA = LoraConfig(rank=64, alpha=128)
+AUTOCAST = Arithmetic("bfloat16", "bf16")
+
+
+def dit_of(recomputed: bool, layers: int | None = None, arithmetic=AUTOCAST) -> Subject:
+    return Subject(Scale(), arithmetic, "decoder", LORA, recomputed, layers)
+
+
+def call_dit(dit, latent: tuple[int, int], glyphs: int):
+    count = latent[0] * latent[1] // 4
+    return dit(
+        hidden_states=torch.ones(1, 16, *latent, dtype=dit.dtype),
+        encoder_hidden_states=torch.ones(1, glyphs, dit.config.text_embed_dim, dtype=dit.dtype),
+        prior_token_id=torch.zeros(1, count, dtype=torch.int64),
+        prior_token_drop=torch.zeros(1, count, dtype=torch.bool),
+        timestep=torch.ones(1),
+        target_size=torch.ones(1, 2, dtype=dit.dtype),
+        crop_coords=torch.ones(1, 2, dtype=dit.dtype),
+        return_dict=False,
+    )[0]
+
+
+def call_ar(ar, count: int):
+    ids = torch.zeros(1, count, dtype=torch.int64)
+    positions = torch.arange(count).expand(3, 1, -1)
+    return ar(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+
+def kept_without_values(module, call) -> int:
+    with without_values(module) as meter:
+        begun = meter.stretch().live
+        out = call(module)
+        kept = meter.stretch().live - begun
+        assert out.requires_grad
+    return kept
+
+
+def kept_for_real(module, call) -> int:
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = call(module)
+    storages[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+def test_the_released_sizes_are_the_facts():
+    subject = dit_of(False)
+    assert weight_bytes(subject, "transformer") / GIB == pytest.approx(12.9, rel=0.01)
+    assert trained_parameters(subject) / 1e6 == pytest.approx(142, rel=0.01)
+    ar = weight_bytes(subject, "vision_language_encoder") / 2  # bytes in bfloat16
+    assert ar / 1e9 == pytest.approx(9.0 + 1.1, rel=0.01)
+
+
+@pytest.mark.parametrize(("recomputed", "facts"), [(False, 17.5), (True, 1.0)])
+def test_a_forward_in_bfloat16_keeps_what_the_facts_say(recomputed, facts):
+    """Of one unguided forward at 1024 px, 30 layers from 2 and 3."""
+    kept = []
+    for layers in (2, 3):
+        dit = dit_of(recomputed, layers, Arithmetic("bfloat16")).build("transformer")
+        for parameter in dit.parameters():
+            parameter.data = parameter.data.bfloat16()  # the LoRA too
+        kept.append(kept_without_values(dit, lambda dit: call_dit(dit, (128, 128), 32)))
+    assert (kept[0] + 28 * (kept[1] - kept[0])) / GIB == pytest.approx(facts, rel=0.1)
+
+
+@pytest.mark.parametrize(("recomputed", "kept"), [(False, 24.0), (True, 1.0)])
+def test_an_update_as_configs_train_keeps_more(recomputed, kept):
+    """Autocast, LoRA in float32."""
+    asked = Scoring(SamplingConfig(guidance_scale=1.0), SdeConfig(), 1, 1)
+    alone = update(dit_of(recomputed), asked, False)
+    assert alone.held["activations"] / GIB == pytest.approx(kept, rel=0.03)
+    guided = Scoring(SamplingConfig(), SdeConfig(), 1, 2)
+    assert update(dit_of(recomputed), guided, False).held["activations"] == pytest.approx(
+        4 * alone.held["activations"], rel=0.03
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "component", "call"),
+    [
+        ("ar", "vision_language_encoder", lambda ar: call_ar(ar, 300)),
+        ("decoder", "transformer", lambda dit: call_dit(dit, (32, 48), 20)),
+    ],
+)
+def test_what_is_counted_is_what_autograd_saves(stage, component, call, pipeline):
+    """The tiny model, by its config.json alone and with its weights."""
+    subject = Subject(MODEL, Arithmetic(), stage, LORA, False)
+    counted = kept_without_values(subject.build(component), call)
+    module = getattr(pipeline, component)
+    real = type(module).from_pretrained(MODEL / component).requires_grad_(False).eval()
+    assert weight_bytes(subject, component) == sum(
+        t.nbytes for t in (*module.parameters(), *module.buffers())
+    )
+    add_adapter(real, subject.part, LORA.rank, LORA.alpha)
+    assert counted == pytest.approx(kept_for_real(real, call), rel=0.05)
+
+
+@pytest.mark.parametrize("stage", REAL)
+def test_a_shipped_config_fits_and_says_its_peak(stage, capsys):
+    plan.main([str(REAL[stage])])
+    printed = capsys.readouterr().out
+    [peak] = re.findall(r"peak (\d+\.\d) GiB in phase '[\w -]+': fits in 80 GiB", printed)
+    assert f"peak {peak} GiB" in REAL[stage].read_text()
+    assert 1.1 * float(peak) < 80
+    for named in ("AR tokens", "latents", "pixels", "rewards", "old log-probs", "update"):
+        assert named in printed.partition("\n\n")[2].splitlines()[0]
+    for holder in ("frozen weights", "trained weights", "optimizer state", "gradients",
+                   "activations", "KV cache", "VAE decode", "working set"):  # fmt: skip
+        assert f"\n{holder} " in printed
+    assert ("logits" in printed) == (stage == "ar")
+    assert "128 samples a GPU; 8 updates" in printed and "= 16 samples over all GPUs" in printed
+    assert "H100" in printed and "an estimate" in printed and "reward models" in printed
+
+
+OFFLOAD = {"model.offload": "phase"}
+SMALLEST = OFFLOAD | {"lora.rank": 32, "lora.alpha": 64.0}
+SINGLE = {"optim.per_device_train_batch_size": 1, "optim.gradient_accumulation_steps": 16}
+
+
+@pytest.mark.parametrize(
+    ("card", "settings"),
+    [
+        ("80 GB", {"ar": {}, "decoder": {}}),
+        ("48 GB", {"ar": OFFLOAD, "decoder": OFFLOAD}),
+        ("24 GB", {"ar": SMALLEST | SINGLE | {"rollout.batch_size": 8}, "decoder": SMALLEST}),
+    ],
+)
+def test_the_readmes_table_is_the_plans(card, settings):
+    [row] = re.findall(rf"^\| {card}.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for stage, changes in settings.items():
+        config = changed(load_config(REAL[stage]), changes)
+        if "reward models on the CPU" in row:
+            config = replace(config, rewards=(RewardConfig("brisque"),))
+        total = peak(phases(config, step_of(config, Scale(), 1), 1)).total / GIB
+        assert re.search(rf"[:|] {total:.1f} GiB \|", row), (stage, total)
+        assert total < float(card.split()[0]) - 0.5
+
+
+def test_processes_have_buckets_and_their_share():
+    config = load_config(REAL["decoder"])
+    alone, beside = (phases(config, step_of(config, Scale(), n), n) for n in (1, 8))
+    buckets = 4 * trained_parameters(dit_of(True))
+    for one, other in zip(alone, beside, strict=True):
+        assert other.held.get("DDP buckets") == buckets
+        if one.name != "AR tokens":  # two prompts a process
+            assert other.total == one.total + buckets
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    config = load_config(REAL["decoder"], ["optim.gradient_checkpointing=false"])
+    with pytest.raises(UserError, match=r"GPU has 80\.0 GiB and the phase 'update' needs 8\d\.\d"):
+        require_fit(config, Scale(), 1, 80 * GIB)
+    found = savings(config, Scale(), 1, 80 * GIB)
+    assert found == {"optim.gradient_checkpointing": True}
+    better = changed(config, found)
+    require_fit(better, Scale(), 1, 80 * GIB)
+    assert savings(better, Scale(), 1, 80 * GIB) == {}
+    assert savings(better, Scale(), 1, 40 * GIB) == {"model.offload": "phase"}
+    assert savings(better, Scale(), 1, 15 * GIB) is None
+    ar = savings(load_config(REAL["ar"]), Scale(), 1, 27 * GIB)  # two phases are in the way
+    assert ar["model.offload"] == "phase" and ar["optim.per_device_train_batch_size"] == 1
+    assert ar["rollout.batch_size"] < 32 and "optim.gradient_checkpointing" not in ar
+
+
+def test_the_tiny_configs_need_little():
+    config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml")
+    require_fit(config, plan.sizes_of(config), 1, 4 * GIB)
+    with pytest.raises(UserError, match="CUDA context"):
+        require_fit(config, MODEL, 1, GIB)
+    assert plan.sizes_of(load_config(REAL["ar"])) == Scale()
+
+
+def test_dropout_keeps_what_it_dropped():
+    asked = Scoring(SamplingConfig(height=64, width=96), SdeConfig(), 2, 1)
+    plain, thinned = (
+        update(Subject(MODEL, Arithmetic(), "decoder", lora, False), asked, False)
+        for lora in (LORA, replace(LORA, dropout=0.1))
+    )
+    assert thinned.held["activations"] > 1.02 * plain.held["activations"]
+
+
+def test_a_folder_that_tells_no_sizes_is_a_users_fault(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / "transformer" / "config.json").unlink()
+    subject = Subject(tmp_path / "model", Arithmetic(), "decoder", LORA, False)
+    assert weight_bytes(subject, "vae")
+    with pytest.raises(UserError, match="transformer of '.*model': "):
+        weight_bytes(subject, "transformer")
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "nearest"),
+    [
+        (1, {}, {}),
+        (8, {}, {}),
+        (3, {}, {"rollout.prompts_per_step": 15, "optim.gradient_accumulation_steps": 20}),
+        (32, {}, {"rollout.prompts_per_step": 32, "optim.gradient_accumulation_steps": 8}),
+        (1, {"optim.gradient_accumulation_steps": 15}, {"optim.gradient_accumulation_steps": 16}),
+        (1, {"optim.per_device_train_batch_size": 3, "optim.gradient_accumulation_steps": 1},
+         {"optim.per_device_train_batch_size": 2}),
+    ],
+)  # fmt: skip
+def test_the_nearest_geometry_divides(processes, overrides, nearest):
+    config = changed(load_config(REAL["decoder"]), overrides)
+    assert nearest_geometry(config, processes) == nearest
+    if nearest:
+        with pytest.raises(UserError):
+            geometry(config, processes, 1)
+    geometry(changed(config, nearest), processes, 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "samples", "cap", "batches"),
+    [(16, 8, 8, [8] * 16), (16, 8, 32, [32] * 4), (2, 8, 5, [4] * 4), (1, 16, 8, [8, 8])],
+)
+def test_the_engines_batches(groups, samples, cap, batches):
+    assert engine_batches(groups, samples, cap) == batches
+
+
+def test_a_kernel_takes_the_longest_of_what_it_does():
+    card = cost.CARDS["h100"]
+    for kernel, seconds in (
+        (Kernel(int(card.flops), 1), 1 / cost.COMPUTE),
+        (Kernel(1, int(card.bandwidth)), 1 / cost.MEMORY),
+        (Kernel(1, 1), cost.LAUNCH_SECONDS),
+    ):
+        spent = cost.Cost("any", Counter({kernel: 3}))
+        assert spent.seconds(card) == pytest.approx(3 * seconds)
+    assert cost.Cost("any", Counter(), int(cost.COPY_BANDWIDTH)).seconds(card) == pytest.approx(1)
+
+
+def test_offloading_moves_the_parts_once_a_batch_of_the_ar():
+    copied = {}
+    for stage in REAL:
+        config = load_config(REAL[stage], ["model.offload=phase"])
+        found = cost.costs(config, step_of(config, Scale(), 1))
+        [copied[stage]] = [c.copied for c in found if c.copied]
+    batches = len(engine_batches(16, 8, load_config(REAL["ar"]).rollout.batch_size))
+    assert copied["ar"] == batches * copied["decoder"]

@@ -1,0 +1,102 @@
+"""Filling a cache of prior tokens, part by part, on one process or several."""
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from duet.configs.digests import Damaged, write_digests
+from duet.configs.errors import UserError, tell
+from duet.configs.row import Row
+from duet.configs.rows import rows_of
+from duet.configs.schema import RunConfig
+from duet.inference.engine import Engine
+from duet.inference.layout import Size
+from duet.inference.model import COMPONENTS, base_fingerprint, load_pipeline
+from duet.inference.outline import read_outline
+from duet.inference.parts import AR
+from duet.inference.prompt_check import check_prompts
+from duet.train.checkpoint import sync_tree
+from duet.train.lock import alone
+from duet.train.prior_cache import ROWS, PriorCache, check_cache, require_same
+from duet.train.prior_stamp import Stamp, make_stamp
+from duet.train.prior_tokens import make_priors, require_references
+from duet.train.prompts import fixed_seeds
+from duet.train.together import from_main, together
+
+
+@alone("rollout.prior_cache")
+def fill_cache(config: RunConfig) -> Path:
+    """The finished cache's folder: priors of every training row, for the seeds that its groups
+    have in the first epochs. What is there already is not made again.
+
+    Raises UserError where another cache stands.
+    """
+    state, cache = PartialState(), PriorCache.of(config)
+    rows = rows_of(config, "train", state.is_local_main_process)
+    require_references(config, rows)
+    size = Size(config.sampling.height, config.sampling.width)
+    check_prompts(read_outline(config.model.path), rows, size, state.is_local_main_process)
+    stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
+    if from_main(state, lambda: _stands(config, cache, stamp, rows)):
+        tell("the prior tokens are there already")
+        return cache.folder
+    partial = PriorCache(cache.folder.with_name(f".{cache.folder.name}.partial"))
+    parts = from_main(state, lambda: _begin(config, partial, stamp, rows))
+    with together(state):
+        _make(config, partial, rows, parts[state.process_index :: state.num_processes], state)
+    if state.is_main_process:
+        write_digests(partial.folder)
+        sync_tree(partial.folder)
+        partial.folder.rename(cache.folder)
+    state.wait_for_everyone()
+    return cache.folder
+
+
+def _stands(config: RunConfig, cache: PriorCache, stamp: Stamp, rows: Sequence[Row]) -> bool:
+    if not cache.folder.exists():
+        return False
+    check_cache(config, stamp, rows)
+    return True
+
+
+def _begin(config: RunConfig, cache: PriorCache, stamp: Stamp, rows: Sequence[Row]) -> list[int]:
+    """The parts that are still to be made. Raises UserError where others were begun."""
+    if any(cache.folder.glob("*.safetensors")):
+        name = f"rollout.prior_cache = {config.rollout.prior_cache!r}, which was begun,"
+        try:
+            require_same(name, cache.stamp(), stamp, config, rows)
+        except Damaged as error:
+            raise UserError(f"{name} is damaged ({error}): remove {str(cache.folder)!r}") from error
+    else:
+        cache.folder.mkdir(exist_ok=True)
+        cache.write_stamp(stamp)
+    return [part for part in range(ceil(len(rows) / ROWS)) if not _holds(cache, part, rows)]
+
+
+def _holds(cache: PriorCache, part: int, rows: Sequence[Row]) -> bool:
+    try:
+        for row in range(len(rows))[part * ROWS : (part + 1) * ROWS]:
+            cache.read(row)
+    except Damaged:
+        return False
+    return True
+
+
+def _make(
+    config: RunConfig, cache: PriorCache, rows: Sequence[Row], parts: Sequence[int], state
+) -> None:
+    if not parts:
+        return
+    model, rollout, show = config.model, config.rollout, state.is_local_main_process
+    others = [name for name in COMPONENTS if name != AR.component]
+    pipeline = load_pipeline(model.path, model.dtype, str(state.device), model.offload, others)
+    size = Size(config.sampling.height, config.sampling.width)
+    engine = Engine.of(pipeline, config, show)
+    epochs = [fixed_seeds(len(rows), config.seed, e) for e in range(rollout.priors_per_prompt)]
+    seeds = list(zip(*epochs, strict=True))  # by the row, then by the epoch
+    for part in tqdm(parts, "priors", disable=not show):
+        its = slice(part * ROWS, (part + 1) * ROWS)
+        cache.write(part, make_priors(engine, size, rollout.priors, rows[its], seeds[its]))

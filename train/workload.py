@@ -1,0 +1,300 @@
+"""The pieces of a training step, each run without values: what it holds and what it computes."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.inference import autoregressive, decoder, pictures
+from duet.inference.adapters import adapter_disabled, add_adapter
+from duet.inference.decoding import TokenDecoder, TokenJob
+from duet.inference.engine import autocast_dtype
+from duet.inference.flow import Schedule
+from duet.inference.layout import Size
+from duet.inference.parts import PARTS, Part
+from duet.inference.prompt import Prompt, text_grids
+from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, TokenTrajectory
+from duet.inference.shapes import Sizes, build_part
+from duet.train.dropout import lora_dropout
+from duet.train.footprint import Kernel, repeated, without_values
+from duet.train.recompute import recompute_blocks
+from duet.train.tuning import train_whole
+
+PROMPT_TOKENS, GLYPH_TOKENS = 128, 32  # assumed; the visual tokens are many more
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose shapes are run, and what of it is trained."""
+
+    sizes: Sizes
+    arithmetic: Arithmetic
+    stage: str
+    lora: LoraConfig | None  # None: full tuning
+    recomputed: bool  # gradient checkpointing
+    layers: int | None = None  # of each part; None: its own
+
+    @property
+    def part(self) -> Part:
+        return PARTS[self.stage]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.arithmetic.dtype)
+
+    def build(self, component: str) -> Module:
+        """On the meta device, as a run has it."""
+        module = build_part(component, self.sizes, self.dtype, self.layers)
+        if component == self.part.component:
+            if self.lora is None:
+                train_whole(module, self.part)
+            else:
+                lora = self.lora
+                names, dropout = lora.target_modules, lora.dropout
+                add_adapter(module, self.part, lora.rank, lora.alpha, names, dropout)
+            if self.recomputed:
+                recompute_blocks(module, self.part.block)
+        return module
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        dtype = autocast_dtype(self.arithmetic)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of a step."""
+
+    kept: dict[str, int]  # bytes beside the weights that last, by what holds them
+    peaks: tuple[int, ...]  # bytes beside the weights, of each of its parts
+    kernels: Counter[Kernel]
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes beside the weights at its peak."""
+        return self.kept | {"working set": max(self.peaks) - sum(self.kept.values())}
+
+    def towards(self, other: "Work", times: int) -> "Work":
+        """So many times the way to the other."""
+        kept = {k: v + times * (other.kept[k] - v) for k, v in self.kept.items()}
+        peaks = (a + times * (b - a) for a, b in zip(self.peaks, other.peaks, strict=True))
+        both = self.kernels.keys() | other.kernels.keys()
+        counts = {k: self.kernels[k] + times * (other.kernels[k] - self.kernels[k]) for k in both}
+        return Work(kept, tuple(peaks), Counter({k: n for k, n in counts.items() if n}))
+
+
+FEW = 2  # layers
+
+
+def by_layers(component: Callable[[Subject], str]):
+    """Run a piece with few layers of the component and with one more, and extend it to all: they
+    are alike."""
+
+    def extend(run: Callable[..., Work]) -> Callable[..., Work]:
+        @cache
+        @wraps(run)
+        def whole(subject: Subject, *args) -> Work:
+            few, more = (run(replace(subject, layers=n), *args) for n in (FEW, FEW + 1))
+            return few.towards(more, _depth(subject, component(subject)) - FEW)
+
+        return whole
+
+    return extend
+
+
+@cache
+def _whole(subject: Subject, component: str) -> Module:
+    """On the meta device, without an adapter."""
+    return build_part(component, subject.sizes, subject.dtype, None)
+
+
+def _depth(subject: Subject, component: str) -> int:
+    [block] = [part.block for part in PARTS.values() if part.component == component]
+    return sum(isinstance(module, block) for module in _whole(subject, component).modules())
+
+
+@cache
+def weight_bytes(subject: Subject, component: str) -> int:
+    """Of the frozen weights."""
+    module = _whole(subject, component)
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+@cache
+def idle_bytes(subject: Subject) -> int:
+    """Of the trained part's own weights that full tuning leaves, in float32."""
+    module = subject.build(subject.part.component)
+    return sum(p.nbytes for p in module.parameters() if not p.requires_grad)
+
+
+def _reference(subject: Subject, module: Module) -> AbstractContextManager[None]:
+    """Full weights are swapped in their place: no value is held twice on the device."""
+    return nullcontext() if subject.lora is None else adapter_disabled(module)
+
+
+@cache
+def trained_parameters(subject: Subject) -> int:
+    return sum(p.numel() for p in _trained(subject.build(subject.part.component)))
+
+
+def _trained(module: Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@by_layers(lambda subject: "vision_language_encoder")
+def tokens(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
+    """The AR writes the grids of so many samples: the prompts, then a token at a time."""
+    ar = subject.build("vision_language_encoder")
+    with without_values(ar) as meter, torch.no_grad():
+        jobs = [TokenJob(_prompt(sampling), 0) for _ in range(samples)]
+        uniform = torch.zeros(samples, dtype=torch.float64)
+        begun = meter.stretch().live
+        with subject.running():
+            made = TokenDecoder(ar, jobs)
+            prefill = meter.stretch()
+            for layer in made.cache.layers:  # a token of the middle stands for all
+                layer.length += made.total // 2
+            codebook = ar.config.vq_config.num_embeddings
+            made.step(autoregressive.draw(made.logits, uniform, codebook, sampling).token)
+            step = meter.stretch()
+        held = sum(x.nbytes for la in made.cache.layers for x in (la.keys, la.values))
+        kernels = prefill.kernels + repeated(step.kernels, made.total)
+        return Work({"KV cache": held}, (prefill.peak - begun, step.peak - begun), kernels)
+
+
+def _prompt(sampling: SamplingConfig) -> Prompt:
+    ids = torch.zeros(PROMPT_TOKENS, dtype=torch.int64)
+    grids = text_grids(Size(sampling.height, sampling.width))
+    return Prompt(ids, ids.expand(3, -1), PROMPT_TOKENS, grids)
+
+
+@by_layers(lambda subject: "transformer")
+def latents(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
+    """All denoising steps of so many samples."""
+    dit = subject.build("transformer")
+    with without_values(dit) as meter, torch.no_grad():
+        x, given = _noise(dit, sampling, samples), _given(dit, sampling, samples)
+        begun = meter.stretch().live
+        with subject.running():
+            decoder.velocity(dit, x, torch.zeros(samples), given, sampling.guidance_scale)
+        step = meter.stretch()
+        kernels = repeated(step.kernels, sampling.num_inference_steps)
+        return Work({}, (step.peak - begun,), kernels)
+
+
+def _noise(dit: Module, sampling: SamplingConfig, samples: int) -> Tensor:
+    latent = Size(sampling.height, sampling.width).latent
+    return torch.zeros(samples, dit.config.in_channels, *latent)
+
+
+def _given(dit: Module, sampling: SamplingConfig, samples: int) -> Conditions:
+    size, width = Size(sampling.height, sampling.width), dit.config.text_embed_dim
+    glyphs, null = (torch.zeros(n, GLYPH_TOKENS, width, dtype=dit.dtype) for n in (samples, 1))
+    prior = torch.zeros(samples, size.dit_tokens, dtype=torch.int64)
+    return Conditions(glyphs, prior, null, size)
+
+
+@cache
+def pixels(subject: Subject, sampling: SamplingConfig) -> Work:
+    """A picture out of the VAE."""
+    vae = subject.build("vae")
+    with without_values(vae) as meter:
+        latent = Size(sampling.height, sampling.width).latent
+        noise = torch.zeros(1, vae.config.latent_channels, *latent)
+        begun = meter.stretch().live
+        with subject.running():
+            pictures.decode(vae, noise)
+        made = meter.stretch()
+        return Work({}, (made.peak - begun,), made.kernels)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What one training forward scores."""
+
+    sampling: SamplingConfig
+    sde: SdeConfig
+    samples: int
+    steps: int  # of the decoder's window
+
+
+@by_layers(lambda subject: subject.part.component)
+def scoring(subject: Subject, asked: Scoring) -> Work:
+    """Log-probs without gradients."""
+    module = subject.build(subject.part.component)
+    with without_values(module) as meter, torch.no_grad():
+        score = _scorer(subject, asked, module)
+        begun = meter.stretch().live
+        with subject.running():
+            score()
+        made = meter.stretch()
+        return Work({}, (made.peak - begun,), made.kernels)
+
+
+@by_layers(lambda subject: subject.part.component)
+def update(subject: Subject, asked: Scoring, reference: bool) -> Work:
+    """A forward and backward pass, the gradients of an earlier one being there."""
+    module = subject.build(subject.part.component)
+    with without_values(module) as meter:
+        for parameter in _trained(module):
+            parameter.grad = torch.zeros_like(parameter)
+        score = _scorer(subject, asked, module)
+        begun = meter.stretch().live
+        compared = []  # what waits for the loss beside the policy's own
+        if reference:
+            with torch.no_grad(), _reference(subject, module), subject.running():
+                compared.append(score())
+        parts = [meter.stretch()]
+        with lora_dropout(module):
+            with subject.running():
+                scored = score()
+            parts.append(meter.stretch())
+            scored.logprobs.sum().backward()
+        parts.append(meter.stretch())
+        logits = _logits_bytes(subject, module, asked) if subject.stage == "ar" else 0
+        kept = {"activations": parts[1].live - begun - logits, "logits": logits}
+        peaks = tuple(part.peak - begun for part in parts)
+        return Work(kept, peaks, sum((part.kernels for part in parts), Counter()))
+
+
+def _logits_bytes(subject: Subject, ar: Module, asked: Scoring) -> int:
+    dtype = autocast_dtype(subject.arithmetic) or ar.dtype
+    outputs = ar.config.text_config.vision_vocab_size
+    return asked.samples * _prompt(asked.sampling).count * outputs * dtype.itemsize
+
+
+def _scorer(subject: Subject, asked: Scoring, module: Module) -> Callable[[], Any]:
+    """A training forward on made-up actions."""
+    make = {"ar": _token_scorer, "decoder": _step_scorer}[subject.stage]
+    return make(asked, module)
+
+
+def _token_scorer(asked: Scoring, ar: Module) -> Callable[[], Any]:
+    sampling, codebook = asked.sampling, ar.config.vq_config.num_embeddings
+    prompt, support = _prompt(sampling), None
+    shape = asked.samples, prompt.count
+    if sampling.top_k or sampling.top_p < 1:
+        support = torch.zeros(*shape, -(-codebook // 8), dtype=torch.uint8)
+    ids, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    written = [TokenTrajectory(prompt, sampling.temperature, ids, logprobs, support)]
+    return lambda: autoregressive.score_tokens(ar, written, codebook, _CPU)
+
+
+def _step_scorer(asked: Scoring, dit: Module) -> Callable[[], Any]:
+    sampling, steps = asked.sampling, asked.steps
+    times = torch.zeros(sampling.num_inference_steps + 1)
+    how = Denoising(Schedule(times[:-1], times), sampling.guidance_scale, asked.sde, range(steps))
+    noise, given = (make(dit, sampling, asked.samples) for make in (_noise, _given))
+    noisy = noise[:, None].repeat(1, steps + 1, 1, 1, 1)
+    walked = LatentTrajectory(given, how, noisy, torch.zeros(asked.samples, steps))
+    return lambda: decoder.score_steps(dit, walked, _CPU)
