@@ -260,6 +260,7 @@ def test_all_that_a_forward_passes_trains(trained, pipeline):
     assert "full tuning, averaged with decay 0.5" in log
 
 
+@pytest.mark.parametrize("trained", [(s, "bf16") for s in STAGES], indirect=True, ids=STAGES)
 def test_a_resumed_run_ends_in_the_very_same_weights_and_averages(trained, small_run, tmp_path):
     stage, precision, run = trained
     parts = tmp_path / "parts"
@@ -393,20 +394,17 @@ def test_each_turn_has_its_own_tuning_and_average(tmp_path):
         joined_adapters("--adapter", [str(whole)], str(MODEL), average=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_plan_counts_all_weights_and_the_average(stage):
-    path = ROOT / "configs" / "tiny" / f"{stage}.yaml"
+@pytest.mark.parametrize(("stage", "average"), [("ar", None), ("decoder", "{decay: 0.5}")])
+def test_the_plan_counts_all_weights_and_the_average(stage, average):
     part = PARTS[stage]
     module = part.module(load_pipeline(str(MODEL)))
     idle = sum(p.nbytes for n, p in module.named_parameters() if n.startswith(part.idle or ("-",)))
-    all_bytes = sum(p.nbytes for p in module.parameters()) - idle
-    for average in ("null", "{decay: 0.5}"):
-        given = ["tuning=full", f"average={average}", "model.offload=phase", "grpo.beta=0.1"]
-        config = load_config(path, given)
-        step = phases(config, step_of(config, MODEL, 1), 1)[-1]
-        assert step.held["trained weights"] == step.held["gradients"] == all_bytes
-        assert step.held["optimizer state"] == 2 * all_bytes
-        copies = step.held.get("copies of the trained weights", 0)
-        assert copies == (0 if average == "null" else all_bytes)
-        buffers = sum(b.nbytes for b in module.buffers())
-        assert step.held.get("frozen weights", 0) == idle + buffers
+    whole = sum(p.nbytes for p in module.parameters()) - idle
+    given = ["tuning=full", "model.offload=phase", f"average={average or 'null'}", "grpo.beta=0.1"]
+    config = load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", given)
+    held = phases(config, step_of(config, MODEL, 1), 1)[-1].held  # of the optimizer's step
+    assert held["trained weights"] == held["gradients"] == whole
+    assert held["optimizer state"] == 2 * whole
+    assert held.get("copies of the trained weights", 0) == (whole if average else 0)
+    buffers = sum(b.nbytes for b in module.buffers())
+    assert held.get("frozen weights", 0) == idle + buffers

@@ -132,9 +132,9 @@ def weight_bytes(subject: Subject, component: str) -> int:
 
 @cache
 def idle_bytes(subject: Subject) -> int:
-    """Of the trained part's own weights that full tuning leaves, in float32."""
+    """Of what full tuning leaves of the trained part, in float32."""
     module = subject.build(subject.part.component)
-    return sum(p.nbytes for p in module.parameters() if not p.requires_grad)
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if not t.requires_grad)
 
 
 def _reference(subject: Subject, module: Module) -> AbstractContextManager[None]:
