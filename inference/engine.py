@@ -203,8 +203,7 @@ class Engine:
             raise UserError(f"prior tokens must be ids from 0 to {self.codebook_size - 1}")
         glyphs = self._glyphs(request.prompt).expand(len(prior), -1, -1)
         upsampled = upsample_prior(prior, request.size.grid)
-        null = self.null_glyphs.to(glyphs.dtype)  # made before training set the DiT's
-        return Conditions(glyphs, upsampled, null, request.size)
+        return Conditions(glyphs, upsampled, self.null_glyphs, request.size)
 
     @cached_property
     def null_glyphs(self) -> Tensor:
