@@ -26,6 +26,7 @@ def settings(section: type = RunConfig, where: str = "") -> Iterator[Listed]:
     for known in fields(section):
         name, hint = where + known.name, hints[known.name]
         items = get_args(hint)[0] if get_origin(hint) is tuple else None
+        optional = [part for part in get_args(hint) if items is None and is_dataclass(part)]
         if is_dataclass(hint):
             if where.endswith("[]."):
                 yield Listed(name, "section", "the run's", "", known.metadata["meaning"])
@@ -39,6 +40,8 @@ def settings(section: type = RunConfig, where: str = "") -> Iterator[Listed]:
         yield Listed(name, _kind(hint), default, str(told["range"]), told["meaning"])
         if is_dataclass(items) and not where:
             yield from settings(items, f"{name}[].")
+        for section in optional:
+            yield from settings(section, f"{name}.")
 
 
 def _kind(hint: Any) -> str:
@@ -50,6 +53,8 @@ def _kind(hint: Any) -> str:
         return f"list of {named or _kind(item)}"
     if hint is NoneType:
         return "null"
+    if is_dataclass(hint):
+        return "section"
     if parts := [part for part in get_args(hint) if get_origin(hint) is not dict]:
         return " | ".join(map(_kind, parts))
     return {str: "text", dict: "mapping"}.get(

@@ -136,7 +136,12 @@ class GrpoConfig(Section):
     epsilon_high: float | None = setting(
         "and above 1 + epsilon_high; null: epsilon", None, above=0, most=_MANY
     )
-    beta: float = setting("weight of the KL to the reference (adapter off)", 0.0, least=0, most=1e6)
+    beta: float = setting(
+        "weight of the KL to the reference, the weights that the run began with",
+        0.0,
+        least=0,
+        most=1e6,
+    )
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("how actions are averaged", "grpo")
     importance_sampling_level: Literal["token", "sequence"] = setting("sequence: GSPO", "token")
     scale_rewards: Literal["group", "batch", "none", True, False] = setting(
@@ -180,6 +185,24 @@ class LoraConfig(Section):
     )
     target_modules: tuple[str, ...] = setting(
         "names of layers; empty: attention and MLP of the trained module", ()
+    )
+
+
+@dataclass(frozen=True)
+class AverageConfig(Section):
+    """Exponential moving average of the trained weights, as diffusers' EMAModel takes it."""
+
+    title = "average"
+
+    decay: float = setting(
+        "share that the average keeps in an update, once it is warm: in the n-th update after "
+        "`start` it keeps n / (9 + n) at most, in the first one nothing",
+        0.99,
+        above=0,
+        below=1,
+    )
+    start: int = setting(
+        "updates before it begins; until then it is the weights", 0, least=0, most=_MANY
     )
 
 
@@ -291,7 +314,9 @@ class TurnConfig(Section):
     rewards: tuple[RewardConfig, ...] = setting("what is trained on", ())
     sde: SdeConfig = setting("the decoder's noise", SdeConfig())
     grpo: GrpoConfig = setting("the objective", GrpoConfig())
-    lora: LoraConfig = setting("the trained weights", LoraConfig())
+    tuning: Literal["lora", "full"] = setting("as the run's", "lora")
+    lora: LoraConfig = setting("the adapter", LoraConfig())
+    average: AverageConfig | None = setting("as the run's", None)
     optim: OptimConfig = setting("the updates", OptimConfig())
     watch: WatchConfig = setting("against reward hacking", WatchConfig())
 
@@ -313,7 +338,13 @@ class RunConfig(Section):
     rollout: RolloutConfig = setting("how many", RolloutConfig())
     sde: SdeConfig = setting("the decoder's noise", SdeConfig())
     grpo: GrpoConfig = setting("the objective", GrpoConfig())
-    lora: LoraConfig = setting("the trained weights", LoraConfig())
+    tuning: Literal["lora", "full"] = setting(
+        "an adapter, or all weights of the part that its forward passes, in float32", "lora"
+    )
+    lora: LoraConfig = setting("the adapter; not used by full tuning", LoraConfig())
+    average: AverageConfig | None = setting(
+        "a moving average beside the trained weights, for --average of evaluate and generate", None
+    )
     optim: OptimConfig = setting("the updates", OptimConfig())
     train: TrainConfig = setting("the run", TrainConfig())
     eval: EvalConfig = setting("the evaluation", EvalConfig())
@@ -322,6 +353,11 @@ class RunConfig(Section):
     @property
     def arithmetic(self) -> Arithmetic:
         return Arithmetic(self.model.dtype, self.train.mixed_precision)
+
+    @property
+    def dropout(self) -> float:
+        """Of what is trained."""
+        return self.lora.dropout if self.tuning == "lora" else 0.0
 
     @property
     def old_logprobs_of(self) -> str:
@@ -357,6 +393,11 @@ class RunConfig(Section):
         require(trained, "rewards' weights", 0, "at least one that is not 0, to train on")
         watched = bool(self.watch.rewards) or not self.watch.stop
         require(watched, "watch.stop", True, "false without watch.rewards")
+        mixed, dtype = self.train.mixed_precision, self.model.dtype
+        # the part is float32 then: without autocast it would run in float32 too
+        lowered = self.tuning == "lora" or dtype == "float32" or mixed != "no"
+        allowed = f"'bf16' or 'fp16' with tuning = 'full' and model.dtype = {dtype!r}"
+        require(lowered, "train.mixed_precision", mixed, allowed)
         if self.stage == "ar":
             top_k = self.sampling.top_k
             require(top_k != 1, "sampling.top_k", top_k, "0 or >= 2 to train the AR")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -14,12 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duet.configs.digests import SUMS, Damaged, check_digests
-from duet.configs.errors import UserError, first_line
-from duet.configs.load import build
-from duet.configs.schema import Arithmetic, LoraConfig
+from duet.configs.errors import UserError
+from duet.configs.schema import LoraConfig
 from duet.inference.binding import is_target
-from duet.inference.model import base_fingerprint
-from duet.inference.parts import PARTS, Part
+from duet.inference.provenance import Provenance, damaged, read_provenance, require_base
 
 INFO = "duet_adapter.json"
 _KEY = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -36,18 +34,10 @@ _FREE = {
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
+class AdapterInfo(Provenance):
     """What stands beside an adapter's weights."""
 
-    stage: Literal["ar", "decoder"]
-    base_model: str  # where its base lay, for people
-    base: str  # fingerprint of the weights that it was trained on: those of its own part
-    arithmetic: Arithmetic  # that of the policy which training sampled with
     lora: LoraConfig
-
-    @property
-    def part(self) -> Part:
-        return PARTS[self.stage]
 
 
 @dataclass(frozen=True)
@@ -63,11 +53,8 @@ def read_adapter(checkpoint: str | Path, model_path: str | None = None) -> Saved
     """
     info, folder = adapter_info(checkpoint), adapter_folder(checkpoint)
     part = info.part
-    if model_path is not None and base_fingerprint(model_path, part.component) != info.base:
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} was trained on another {part.component} than that of "
-            f"{str(model_path)!r}: its base was {info.base_model!r}"
-        )
+    if model_path is not None:
+        require_base(info, checkpoint, model_path)
     try:
         _check_config(part.read_config(folder), info)
         saved = load_file(folder / part.weights_file)
@@ -111,17 +98,7 @@ def adapter_info(checkpoint: str | Path) -> AdapterInfo:
             f"checkpoint {str(checkpoint)!r} was written by an older Duet, without the "
             "fingerprint of its base: use it with the version that wrote it"
         )
-    try:
-        return build(AdapterInfo, told, INFO)
-    except UserError as error:
-        raise damaged(checkpoint, error) from error
-
-
-def damaged(checkpoint: str | Path, error: Exception) -> UserError:
-    return UserError(
-        f"checkpoint {str(checkpoint)!r} is missing or damaged ({first_line(error)}): "
-        "give a folder that training wrote"
-    )
+    return read_provenance(AdapterInfo, folder / INFO, checkpoint)
 
 
 def peft_config(

@@ -1,22 +1,27 @@
-"""The adapters of one model: whether they go together, told before any weights are read."""
+"""What goes onto one model, adapters or full weights: whether they go together, told before the
+model's weights are read.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from duet.configs.errors import UserError
-from duet.inference.adapter_files import AdapterInfo, check_adapter
 from duet.inference.parts import PARTS
+from duet.inference.provenance import Provenance
+from duet.inference.trained import averaged, check_trained
 
 
 def joined_adapters(
-    option: str, checkpoints: Sequence[str], model_path: str
-) -> dict[str, AdapterInfo]:
-    """What stands beside each adapter, by its folder; a checkpoint of a run in turns has two.
+    option: str, checkpoints: Sequence[str], model_path: str, average: bool = False
+) -> dict[str, Provenance]:
+    """What stands beside each, by its folder; a checkpoint of a run in turns has two.
 
-    Raises UserError for one that is damaged or of another base, and for two of one stage.
+    With `average` the averages of all. Raises UserError for one that is damaged or of another
+    base, for two of one stage, and for a checkpoint without an average that is asked for.
     """
     folders = [folder for checkpoint in checkpoints for folder in _folders(checkpoint)]
-    infos = {folder: check_adapter(folder, model_path) for folder in folders}
+    folders = [averaged(folder) for folder in folders] if average else folders
+    infos = {folder: check_trained(folder, model_path) for folder in folders}
     stages = [infos[folder].stage for folder in folders]
     if len(set(stages)) < len(stages):
         raise UserError(

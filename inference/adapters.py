@@ -16,12 +16,12 @@ from duet.inference.adapter_files import (
     INFO,
     AdapterInfo,
     SavedAdapter,
-    damaged,
     peft_config,
     read_adapter,
 )
 from duet.inference.binding import bind
 from duet.inference.parts import Part
+from duet.inference.provenance import damaged
 
 
 @dataclass(frozen=True)

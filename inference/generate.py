@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", default=[], help="may be repeated")
     add("--prompts", help="a dataset with a `prompt`: JSONL, CSV, text, parquet, ...")
     add("--adapter", action="append", default=[], help="a checkpoint-N; one for each module")
+    add("--average", action="store_true", help="the moving averages of the checkpoints' weights")
     add("--output", default="runs/images", help="folder for the PNG files")
     add("--num-images", type=int, default=1, help="pictures of each prompt")
     add("--seed", type=int, default=0, help="picture i of a prompt takes seed + i")
@@ -89,7 +90,6 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     SamplingConfig(**given)  # raises for what is out of range
     # torch loads slowly: after the options are known good
     from duet.inference.adapter_set import joined_adapters
-    from duet.inference.adapters import load_adapter
     from duet.inference.engine import Engine, autocast_dtype
     from duet.inference.layout import Size
     from duet.inference.model import load_pipeline
@@ -97,8 +97,9 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     from duet.inference.pictures import to_png
     from duet.inference.prompt_check import check_prompts
     from duet.inference.request import Request
+    from duet.inference.trained import load_trained
 
-    adapters = joined_adapters("--adapter", options.adapter, options.model)
+    adapters = joined_adapters("--adapter", options.adapter, options.model, options.average)
     trained = {adapter: info.arithmetic for adapter, info in adapters.items()}
     arithmetic = choose_arithmetic(options.dtype, trained)
     outline = read_outline(options.model)
@@ -111,7 +112,7 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
     print(f"{told}, {arithmetic.precision}", file=sys.stderr)
     for adapter in adapters:
-        load_adapter(pipeline, adapter)
+        load_trained(pipeline, adapter)
     engine = Engine(
         pipeline,
         sampling,

@@ -1,5 +1,6 @@
 """What a user wants to know of a run: what trains, when it will end, what came of it."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -53,14 +54,21 @@ class Bulletin:
         self.journal.tell(f"next: duet evaluate {config} --checkpoint {newest}")
 
 
+_OWNED = re.compile(r"\.(lora_.*|[^.]+)$")  # a parameter's name below its layer's
+
+
 def _what_trains(run: Run) -> str:
     config, policy = run.config, run.policy
     named = [n for n, p in policy.inner.named_parameters() if p.requires_grad]
     trained = sum(p.numel() for p in policy.trained)
     total = sum(p.numel() for p in policy.inner.parameters())
-    layers = len({name.partition(".lora_")[0] for name in named})
+    layers = len({_OWNED.sub("", name) for name in named})
+    how = f"{config.tuning} tuning"
+    if config.average is not None:
+        how += f", averaged with decay {config.average.decay:g}"
+    dtype = str(next(policy.inner.parameters()).dtype).removeprefix("torch.")
     return (
         f"{run.stage.part.component} of {config.model.path}: {trained:,} of {total:,} parameters "
-        f"train, in {layers} layers; {run.accelerator.device}, {config.model.dtype}, mixed "
-        f"precision {config.train.mixed_precision}, {run.accelerator.num_processes} process(es)"
+        f"train, in {layers} layers; {run.accelerator.device}, {dtype}, mixed precision "
+        f"{config.train.mixed_precision}, {run.accelerator.num_processes} process(es); {how}"
     )

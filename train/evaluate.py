@@ -17,6 +17,9 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         help="checkpoint-N; may be repeated; A,B joins an AR's and a decoder's",
     )
+    parser.add_argument(
+        "--average", action="store_true", help="the moving averages of the checkpoints' weights"
+    )
     parser.add_argument("--output", help="folder of the report (default: OUTPUT_DIR/evaluation)")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
@@ -26,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     from duet.train.results import text_table
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
-    results = evaluate(config, models, output)  # which stands, whatever becomes of the page
+    # which stands, whatever becomes of the page
+    results = evaluate(config, models, output, options.average)
     print(text_table(results), flush=True)
     write_strip(results, output)
     print(f"report: {write_report(results, output)}")

@@ -11,17 +11,17 @@ from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.configs.turns import trained_rewards, turns
-from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapter_set import joined_adapters
-from duet.inference.adapters import load_adapter
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
 from duet.inference.outline import read_outline
 from duet.inference.pictures import to_png
 from duet.inference.prompt_check import check_prompts
+from duet.inference.provenance import Provenance
 from duet.inference.request import Request
 from duet.inference.rollout import Rollout
+from duet.inference.trained import load_trained
 from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
@@ -43,8 +43,11 @@ class Judges:
     resting: Resting
 
 
-def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path) -> Results:
-    """Evaluate the base and then each model (a tuple of checkpoints to load together).
+def evaluate(
+    config: RunConfig, models: Sequence[tuple[str, ...]], output: Path, average: bool = False
+) -> Results:
+    """Evaluate the base and then each model (a tuple of checkpoints to load together), or with
+    `average` the averages of its weights.
 
     Pictures are written as they are made, and scored with them: memory holds those of one
     batch. With all done, `output` has a folder of them a model, and the results. Every model
@@ -55,7 +58,7 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     """
     rows = rows_of(config, "eval")
     names = [BASE, *labels(models)]
-    adapters = [(), *(tuple(_check_checkpoints(config, model)) for model in models)]
+    adapters = [(), *(tuple(_check_checkpoints(config, model, average)) for model in models)]
     check_prompts(read_outline(config.model.path), rows, _size(config))
     entries = [*names, RESULTS]
     require_free("--output", output, [*entries, PAGE, STRIP])
@@ -74,9 +77,11 @@ def evaluate(config: RunConfig, models: Sequence[tuple[str, ...]], output: Path)
     return results
 
 
-def _check_checkpoints(config: RunConfig, checkpoints: Sequence[str]) -> dict[str, AdapterInfo]:
-    """Their adapters, by folder."""
-    infos = joined_adapters("--checkpoint", checkpoints, config.model.path)
+def _check_checkpoints(
+    config: RunConfig, checkpoints: Sequence[str], average: bool
+) -> dict[str, Provenance]:
+    """Their adapters or weights, by folder."""
+    infos = joined_adapters("--checkpoint", checkpoints, config.model.path, average)
     for checkpoint, info in infos.items():
         if info.arithmetic != config.arithmetic:
             trained, asked = info.arithmetic, config.arithmetic
@@ -117,7 +122,7 @@ def _engine(config: RunConfig, checkpoints: Sequence[str]) -> Engine:
     model = config.model
     pipeline = load_pipeline(model.path, model.dtype, model.device, model.offload)
     for checkpoint in checkpoints:
-        load_adapter(pipeline, checkpoint)
+        load_trained(pipeline, checkpoint)
     return Engine.of(pipeline, config)
 
 

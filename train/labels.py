@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from duet.configs.errors import UserError
-from duet.inference.adapter_files import adapter_folder
+from duet.inference.trained import trained_folder
 from duet.train.results import BASE, PAGE, RESULTS, STRIP
 
 _LONGEST = 100  # characters, of the 255 bytes that file systems take
@@ -20,7 +20,7 @@ def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
     model, the base or the report has it, it gets a number.
     Raises UserError when a model is given twice.
     """
-    apart = [frozenset(adapter_folder(c).resolve() for c in model) for model in models]
+    apart = [frozenset(trained_folder(c).resolve() for c in model) for model in models]
     if len(set(apart)) < len(apart):
         raise UserError("--checkpoint names one model twice: give every model once")
     paths = [[Path(c).resolve().parts[1:] for c in model] for model in models]

@@ -27,7 +27,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], advantages: Tensor, first: bool
     """
     start = time.perf_counter()
     trainer = run.config.old_logprobs_of == "trainer"
-    single = run.geometry.updates_per_rollout == 1 and run.config.lora.dropout == 0
+    single = run.geometry.updates_per_rollout == 1 and run.config.dropout == 0
     needed = trainer and not single
     if first or needed:
         size = run.config.optim.per_device_train_batch_size

@@ -27,7 +27,7 @@ class Trained:
     parameters: int
     bytes_each: int = 4  # of a master and of its gradient: float32
     states: int = 2  # copies that the optimizer holds: AdamW's two moments
-    copies: int = 0  # others on the device: an average, the reference's weights
+    copies: int = 0  # others on the device: an average
     replaced: int = 0  # bytes of frozen weights in whose place the masters stand
 
     @property
@@ -65,7 +65,18 @@ class Step:
 
 def subject_of(config: RunConfig, sizes: Sizes) -> Subject:
     recomputed = config.optim.gradient_checkpointing
-    return Subject(sizes, config.arithmetic, config.stage, config.lora, recomputed)
+    lora = config.lora if config.tuning == "lora" else None
+    return Subject(sizes, config.arithmetic, config.stage, lora, recomputed)
+
+
+def trained_of(config: RunConfig, subject: Subject) -> Trained:
+    """Full weights stand in the place of the part's own; its idle submodules are float32 too."""
+    replaced = 0
+    if subject.lora is None:
+        whole = workload.weight_bytes(subject, subject.part.component)
+        replaced = whole - workload.idle_bytes(subject)
+    copies = 0 if config.average is None else 1
+    return Trained(workload.trained_parameters(subject), copies=copies, replaced=replaced)
 
 
 def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
@@ -98,7 +109,7 @@ def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
 def _rescored(config: RunConfig, processes: int) -> bool:
     """Whether every step has old log-probs of the trainer's own, and not the first one alone."""
     divided = geometry(config, processes, config.train.max_steps)
-    single = divided.updates_per_rollout == 1 and config.lora.dropout == 0
+    single = divided.updates_per_rollout == 1 and config.dropout == 0
     return config.old_logprobs_of == "trainer" and not single
 
 
@@ -111,7 +122,7 @@ def engine_batches(groups: int, samples: int, cap: int) -> list[int]:
 def phases(config: RunConfig, step: Step, processes: int) -> list[Phase]:
     """In their order; rewards are scored beside the sampling of the next batch."""
     subject, rewards = step.subject, (*config.rewards, *config.watch.rewards)
-    trained = Trained(workload.trained_parameters(subject))
+    trained = trained_of(config, subject)
     always = {
         "optimizer state": trained.states * trained.copy,
         "copies of the trained weights": trained.copies * trained.copy,

@@ -13,9 +13,13 @@ from torch.nn import Module
 from torch.optim import AdamW
 
 from duet.configs.errors import UserError
-from duet.configs.schema import OptimConfig
+from duet.configs.schema import AverageConfig, OptimConfig
+from duet.inference.adapters import adapter_disabled
+from duet.inference.trained import AVERAGE
+from duet.train.average import Average
 from duet.train.dropout import lora_dropout
 from duet.train.schedule import make_schedule
+from duet.train.swap import swapped
 from duet.train.tuning import Tuning
 
 
@@ -38,12 +42,13 @@ class Policy:
         tuning: Tuning,
         optim: OptimConfig,
         updates: int,
+        average: AverageConfig | None = None,
     ) -> None:
         """`module`: the part itself, frozen; `updates`: of the whole run, for the learning
         rate's schedule.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
-        tuning.attach(module)
+        self.initial = tuning.attach(module)
         self.trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = AdamW(
             self.trained,
@@ -56,6 +61,7 @@ class Policy:
         self.module, self.optimizer, self.scheduler = accelerator.prepare(
             module, optimizer, scheduler
         )
+        self.average = None if average is None else Average(average, self.trained)
         self.skipped_in_a_row = 0  # updates
         self._losses: list[Tensor] = []  # of the micro-batches since the last update
 
@@ -73,9 +79,21 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[Module]:
-        """The module as it was before training, for the KL."""
-        with torch.no_grad(), self.tuning.reference(self.inner):
+        """The module as the run began with it, before a resume too, for the KL.
+
+        Full weights are swapped, so no graph that waits for its backward may stand open.
+        """
+        if self.initial is None:
+            began = adapter_disabled(self.inner)
+        else:
+            began = swapped(self.trained, self.initial)
+        with torch.no_grad(), began:
             yield self.inner
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """While open, the module is the average of its updates (`average` of the settings)."""
+        assert self.average is not None, "nothing is averaged"
+        return swapped(self.trained, self.average.values)
 
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
         """While open, a backward pass; the `last` of a micro-batch shares gradients where an
@@ -104,6 +122,8 @@ class Policy:
             self.optimizer.step()
         if made:
             self.scheduler.step()
+            if self.average is not None:
+                self.average.step(self.trained)
         self.optimizer.zero_grad()
         return Update(norm, norm / math.sqrt(sum(p.numel() for p in self.trained)), made)
 
@@ -139,8 +159,21 @@ class Policy:
         """
         self.require_finite()
         if self.accelerator.is_main_process:
-            self.tuning.write(self.inner, folder)
+            self.tuning.write(self.inner, folder / self.tuning.folder)
+            self._write_average(folder / AVERAGE)
+
+    def _write_average(self, folder: Path) -> None:
+        if self.average is not None:
+            self.average.write(folder)
+            with self.averaged():
+                self.tuning.write(self.inner, folder)
 
     def load(self, folder: Path) -> None:
-        """The very weights that were saved. Raises UserError for damaged ones."""
+        """The very weights, and their average, that were saved.
+
+        Raises UserError for damaged ones.
+        """
+        if self.average is not None:
+            self.tuning.read(self.inner, folder / AVERAGE)
+            self.average.read(folder / AVERAGE, self.trained)
         self.tuning.read(self.inner, folder)

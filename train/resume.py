@@ -14,9 +14,11 @@ from duet.configs.errors import UserError, require_folder, tell
 from duet.configs.row import PICTURES, Row
 from duet.configs.schema import RunConfig
 from duet.configs.turns import turns
-from duet.inference.adapter_files import read_adapter
+from duet.inference.adapter_files import AdapterInfo
 from duet.inference.fingerprint import fingerprint
 from duet.inference.model import COMPONENTS, model_folder
+from duet.inference.provenance import Provenance
+from duet.inference.trained import averaged, check_trained
 from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
 from duet.train.metrics import read_metrics
 
@@ -27,7 +29,9 @@ _KEPT = (
     "seed",
     "sampling",
     "sde",
+    "tuning",
     "lora",
+    "average",
     "optim",
     "rollout.prompts_per_step",
     "rollout.num_generations",
@@ -36,6 +40,8 @@ _KEPT = (
     "model.dtype",
     "train.mixed_precision",
 )
+# of these what changes memory alone
+_FREE = ("optim.gradient_checkpointing", "optim.steps_per_backward")
 # what may be changed on purpose, and is told
 _TOLD = (
     "rewards",
@@ -165,35 +171,53 @@ def _require_agreement(
             "with: give those to go on, or begin a new run in another output_dir"
         )
     for part, own in parts.items():
-        adapter = read_adapter(part_folder(path, part, parts)).info
-        shape = adapter.stage, adapter.lora.rank, adapter.lora.alpha
-        if shape != (part, own.lora.rank, own.lora.alpha):
-            raise UserError(
-                f"{checkpoint} holds an adapter of stage, rank and alpha {shape}, not of its config"
-            )
+        folder = part_folder(path, part, parts)
+        for each in [folder, averaged(folder)] if own.average else [folder]:
+            _require_shape(check_trained(each, config.model.path), each, own)
+
+
+def _require_shape(found: Provenance, folder: str | Path, config: RunConfig) -> None:
+    """What is to be read back is what the config trains."""
+    held, asked = [found.stage, "full"], [config.stage, config.tuning]
+    if isinstance(found, AdapterInfo):
+        held[1:] = ["lora", found.lora.rank, found.lora.alpha]
+    if config.tuning == "lora":
+        asked += [config.lora.rank, config.lora.alpha]
+    if held != asked:
+        told, wanted = (", ".join(map(str, each)) for each in (held, asked))
+        raise UserError(f"checkpoint {str(folder)!r} holds {told}, and its config trains {wanted}")
 
 
 def _changes(
     position: Position, config: RunConfig, names: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
     """(setting, then, now) of those below `names` that differ; of each turn too."""
-    saved, told = (_flat(c) for c in (position.config, json.loads(json.dumps(asdict(config)))))
-    for name, now in told.items():
+    for name, was, now in _differences(position.config, _used(config)):
         plain = _TURN.sub("", name)
         meant = any(plain == n or plain.startswith(f"{n}.") for n in names)
-        if meant and saved.get(name, now) != now:
-            yield name, saved[name], now
+        if meant and plain not in _FREE:
+            yield name, was, now
 
 
 _TURN = re.compile(r"stages\[\d+\]\.")
 
 
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; of lists the turns alone are gone into."""
-    if isinstance(tree, dict) and (name == "" or "." not in _TURN.sub("", name)):
-        parts = {f"{name}.{key}".lstrip("."): value for key, value in tree.items()}
-    elif isinstance(tree, list) and name == "stages":
-        parts = {f"{name}[{i}]": value for i, value in enumerate(tree)}
-    else:
-        return {name: tree}
-    return {k: v for key, value in parts.items() for k, v in _flat(value, key).items()}
+def _used(config: RunConfig) -> dict[str, Any]:
+    """As JSON holds it, without the adapter's settings where none is trained."""
+    told = json.loads(json.dumps(asdict(config)))
+    for each in (told, *told["stages"]):
+        if each["tuning"] == "full":
+            del each["lora"]
+    return told
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, then, now); of mappings what both sides know, of lists the turns alone."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in (key for key in now if key in was):
+            yield from _differences(was[key], now[key], f"{name}.{key}".lstrip("."))
+    elif name == "stages" and len(was) == len(now):
+        for i, pair in enumerate(zip(was, now, strict=True)):
+            yield from _differences(*pair, f"stages[{i}]")
+    elif was != now:
+        yield name, was, now

@@ -13,7 +13,6 @@ from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.configs.turns import rollouts_of, trained_rewards, turns
-from duet.inference.adapter_files import AdapterInfo
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline, model_folder, pick_device
@@ -39,7 +38,7 @@ from duet.train.stages import STAGES, Stage
 from duet.train.state import leave_weights_out
 from duet.train.together import from_main
 from duet.train.trackers import prepare_trackers, tracker_arguments
-from duet.train.tuning import Lora
+from duet.train.tuning import tuning_of
 
 
 def prepare(config: RunConfig) -> Training:
@@ -75,9 +74,6 @@ def prepare(config: RunConfig) -> Training:
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
-    first = next(iter(stages.values()))
-    gate.check_schedule(first.engine, size)
-    gate.check_reference(first.engine, rows[0].prompt, size, config.arithmetic.precision)
     leave_weights_out(accelerator)
     signals = Signals()
     runs = {
@@ -97,6 +93,9 @@ def prepare(config: RunConfig) -> Training:
     training = Training(config, accelerator, runs, start, signals)
     if start.checkpoint:
         load_checkpoint(training.policies, start.checkpoint)
+    first = next(iter(stages.values()))  # what is judged is what trains
+    gate.check_schedule(first.engine, size)
+    gate.check_reference(first.engine, rows[0].prompt, size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training
@@ -132,13 +131,12 @@ def _policy(
     config: RunConfig, stage: Stage, accelerator: Accelerator, start: Start, updates: int
 ) -> Policy:
     part, engine = stage.part, stage.engine
-    base = start.inputs.model[part.component]
-    info = AdapterInfo(part.name, config.model.path, base, config.arithmetic, config.lora)
+    tuning = tuning_of(config, start.inputs.model[part.component])
     module = part.module(engine.pipeline)
     engine.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, part.block)
-    return Policy(accelerator, module, Lora(info), config.optim, updates)
+    return Policy(accelerator, module, tuning, config.optim, updates, config.average)
 
 
 # torch's new name for it means something else, and accelerate passes on the old one alone

@@ -1,37 +1,46 @@
-"""What of a module is trained: how it is made trainable, compared with, written and read."""
+"""What of a module is trained: how it is made trainable, written and read."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, Parameter
 
+from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import AdapterInfo
-from duet.inference.adapters import (
-    adapter_disabled,
-    add_adapter,
-    restore_adapter,
-    save_adapter,
-)
+from duet.inference.adapters import add_adapter, restore_adapter, save_adapter
+from duet.inference.parts import Part
+from duet.inference.provenance import Provenance
+from duet.inference.weights import restore_weights, save_weights
+from duet.train.swap import copies
 
 
 class Tuning(Protocol):
-    def attach(self, module: Module) -> None:
-        """Make what is trained require gradients, in float32, and nothing else."""
+    folder: Literal["adapter", "weights"]  # its place in a checkpoint
 
-    def reference(self, module: Module) -> AbstractContextManager[None]:
-        """While open, the module is what it was before training."""
+    def attach(self, module: Module) -> list[Tensor] | None:
+        """Make what is trained require gradients, in float32, and nothing else.
+
+        Returns the values that it begins with, on the CPU: with them the module is the reference
+        of the KL. None: it is so with its adapter off, which is fresh.
+        """
 
     def write(self, module: Module, folder: Path) -> None: ...
 
     def read(self, module: Module, folder: Path) -> None:
-        """The very values that were written. Raises UserError for a damaged folder."""
+        """The very values that were written; `folder`: theirs, or the checkpoint.
+
+        Raises UserError for a damaged one.
+        """
 
 
 @dataclass(frozen=True)
 class Lora:
+    """A fresh adapter; the module itself stays as it was loaded."""
+
     info: AdapterInfo
+    folder = "adapter"
 
     def attach(self, module: Module) -> None:
         lora = self.info.lora
@@ -39,11 +48,49 @@ class Lora:
             module, self.info.part, lora.rank, lora.alpha, lora.target_modules, lora.dropout
         )
 
-    def reference(self, module: Module) -> AbstractContextManager[None]:
-        return adapter_disabled(module)
-
     def write(self, module: Module, folder: Path) -> None:
-        save_adapter(module, folder / "adapter", self.info)
+        save_adapter(module, folder, self.info)
 
     def read(self, module: Module, folder: Path) -> None:
         restore_adapter(module, folder)
+
+
+@dataclass(frozen=True)
+class Full:
+    """All parameters that a training forward passes. The module is float32 then, whatever the
+    dtype of the frozen parts: AdamW needs float32 masters, and mixed precision is autocast's.
+    """
+
+    info: Provenance
+    folder = "weights"
+
+    def attach(self, module: Module) -> list[Tensor]:
+        initial = copies(passed(module, self.info.part))
+        train_whole(module, self.info.part)
+        return initial
+
+    def write(self, module: Module, folder: Path) -> None:
+        save_weights(module, folder, self.info)
+
+    def read(self, module: Module, folder: Path) -> None:
+        restore_weights(module, folder)
+
+
+def passed(module: Module, part: Part) -> list[Parameter]:
+    """The parameters that a training forward passes."""
+    idle = tuple(f"{name}." for name in part.idle)
+    return [p for name, p in module.named_parameters() if not name.startswith(idle)]
+
+
+def train_whole(module: Module, part: Part) -> None:
+    """In float32, and all that a training forward passes requires gradients."""
+    for parameter in passed(module.float(), part):
+        parameter.requires_grad = True
+
+
+def tuning_of(config: RunConfig, base: str) -> Tuning:
+    """As a run's config has it; `base`: the fingerprint of its part."""
+    told = config.stage, config.model.path, base, config.arithmetic
+    if config.tuning == "full":
+        return Full(Provenance(*told))
+    return Lora(AdapterInfo(*told, config.lora))

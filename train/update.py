@@ -14,7 +14,7 @@ from duet.train.gap import Gap
 from duet.train.loss import Actions, Counts, policy_loss, truncated_weight
 from duet.train.metrics import Totals
 from duet.train.run import Run
-from duet.train.stages import Piece, Scored, Stage, sampled_logprobs
+from duet.train.stages import Scored, Stage, sampled_logprobs
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,21 @@ def rescore(
     batches = micro_batches(rollouts, batch_size)
     with tqdm(batches, desc="old log-probs", leave=False, disable=not show) as bar:
         return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
+
+
+def references(run: Run, batches: Sequence[MicroBatch]) -> list[list[Scored | None]]:
+    """Each piece of each micro-batch by the policy's reference; None where no KL is asked for.
+
+    Before a step's updates, for all of them (as TRL's ref_per_token_logps).
+    """
+    pieces = [run.stage.pieces(batch.rollouts) for batch in batches]
+    if run.config.grpo.beta == 0:
+        return [[None] * len(parts) for parts in pieces]
+    with (
+        run.policy.reference() as module,
+        tqdm(pieces, desc="reference", leave=False, disable=not run.shows) as bar,
+    ):
+        return [[run.stage.score(p.rollouts, module) for p in parts] for parts in bar]
 
 
 @dataclass(frozen=True)
@@ -97,10 +112,13 @@ def update(
     total = torch.tensor(float(sampled.numel()), device=device)
     counts = Counts(sampled.shape[1], float(accelerator.reduce(total, "mean")) / len(batches))
     totals, begun, pending, skipped, skips = Totals(), [], {}, {}, 0
-    schedule = [(p, b) for p in range(grpo.num_iterations) for b in batches]
-    for passed, batch in tqdm(schedule, desc="update", leave=False, disable=not run.shows):
+    compared = list(zip(batches, references(run, batches), strict=True))
+    schedule = [(p, *each) for p in range(grpo.num_iterations) for each in compared]
+    bar = tqdm(schedule, desc="update", leave=False, disable=not run.shows)
+    for passed, batch, reference in bar:
         with accelerator.accumulate(policy.module):
-            done = _backward(run, batch, before, advantages[batch.index], counts, totals)
+            gain = advantages[batch.index]
+            done = _backward(run, batch, before, reference, gain, counts, totals)
             made = policy.step(done.loss)
         if trainer and passed == 0:
             begun.append(torch.stack([done.old, sampled[batch.index]]).flatten(1))
@@ -129,18 +147,24 @@ class Backward:
 
 
 def _backward(
-    run: Run, batch: MicroBatch, before: Old, advantages: Tensor, counts: Counts, totals: Totals
+    run: Run,
+    batch: MicroBatch,
+    before: Old,
+    references: Sequence[Scored | None],  # of its pieces
+    advantages: Tensor,
+    counts: Counts,
+    totals: Totals,
 ) -> Backward:
     """Piece by piece; what it tells is added to `totals`. Within `accelerator.accumulate`."""
     grpo, policy, losses, logprobs, olds = run.config.grpo, run.policy, [], [], []
     # dropout must stay on until backward has computed again what it needs
     with policy.training() as module:
         pieces = run.stage.pieces(batch.rollouts)
-        for piece in pieces:
+        for piece, reference in zip(pieces, references, strict=True):
             with policy.synchronising(piece is pieces[-1]):
                 scored = run.stage.score(piece.rollouts, module)
                 old, weight = before.under(scored, batch.index, piece.actions)
-                kl = _kl(run, piece, scored) if grpo.beta > 0 else None
+                kl = None if reference is None else run.stage.kl(scored, reference)
                 actions = Actions(scored.logprobs, old, advantages, kl, weight)
                 result = policy_loss(actions, grpo, counts)
                 run.accelerator.backward(result.loss)
@@ -153,9 +177,3 @@ def _backward(
     made = Backward(torch.stack(losses).sum(), torch.cat(logprobs, 1), torch.cat(olds, 1))
     totals.add({"loss": made.loss})
     return made
-
-
-def _kl(run: Run, piece: Piece, scored: Scored) -> Tensor:
-    with run.policy.reference() as module:
-        reference = run.stage.score(piece.rollouts, module)
-    return run.stage.kl(scored, reference)

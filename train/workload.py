@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import Any
@@ -25,6 +25,7 @@ from duet.inference.shapes import Sizes, build_part
 from duet.train.dropout import lora_dropout
 from duet.train.footprint import Kernel, repeated, without_values
 from duet.train.recompute import recompute_blocks
+from duet.train.tuning import train_whole
 
 PROMPT_TOKENS, GLYPH_TOKENS = 128, 32  # assumed; the visual tokens are many more
 _CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ class Subject:
     sizes: Sizes
     arithmetic: Arithmetic
     stage: str
-    lora: LoraConfig
+    lora: LoraConfig | None  # None: full tuning
     recomputed: bool  # gradient checkpointing
     layers: int | None = None  # of each part; None: its own
 
@@ -53,9 +54,12 @@ class Subject:
         """On the meta device, as a run has it."""
         module = build_part(component, self.sizes, self.dtype, self.layers)
         if component == self.part.component:
-            lora = self.lora
-            names, dropout = lora.target_modules, lora.dropout
-            add_adapter(module, self.part, lora.rank, lora.alpha, names, dropout)
+            if self.lora is None:
+                train_whole(module, self.part)
+            else:
+                lora = self.lora
+                names, dropout = lora.target_modules, lora.dropout
+                add_adapter(module, self.part, lora.rank, lora.alpha, names, dropout)
             if self.recomputed:
                 recompute_blocks(module, self.part.block)
         return module
@@ -124,6 +128,18 @@ def weight_bytes(subject: Subject, component: str) -> int:
     """Of the frozen weights."""
     module = _whole(subject, component)
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+@cache
+def idle_bytes(subject: Subject) -> int:
+    """Of what full tuning leaves of the trained part, in float32."""
+    module = subject.build(subject.part.component)
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if not t.requires_grad)
+
+
+def _reference(subject: Subject, module: Module) -> AbstractContextManager[None]:
+    """Full weights are swapped in their place: no value is held twice on the device."""
+    return nullcontext() if subject.lora is None else adapter_disabled(module)
 
 
 @cache
@@ -234,26 +250,27 @@ def update(subject: Subject, asked: Scoring, reference: bool) -> Work:
             parameter.grad = torch.zeros_like(parameter)
         score = _scorer(subject, asked, module)
         begun = meter.stretch().live
+        compared = []  # what waits for the loss beside the policy's own
+        if reference:
+            with torch.no_grad(), _reference(subject, module), subject.running():
+                compared.append(score())
+        parts = [meter.stretch()]
         with lora_dropout(module):
             with subject.running():
                 scored = score()
-            parts = [meter.stretch()]
-            compared = []  # what waits for the loss beside the policy's own
-            if reference:
-                with torch.no_grad(), adapter_disabled(module), subject.running():
-                    compared.append(score())
             parts.append(meter.stretch())
             scored.logprobs.sum().backward()
         parts.append(meter.stretch())
-        logits = _logits_bytes(module, asked) if subject.stage == "ar" else 0
-        kept = {"activations": parts[0].live - begun - logits, "logits": logits}
+        logits = _logits_bytes(subject, module, asked) if subject.stage == "ar" else 0
+        kept = {"activations": parts[1].live - begun - logits, "logits": logits}
         peaks = tuple(part.peak - begun for part in parts)
         return Work(kept, peaks, sum((part.kernels for part in parts), Counter()))
 
 
-def _logits_bytes(ar: Module, asked: Scoring) -> int:
+def _logits_bytes(subject: Subject, ar: Module, asked: Scoring) -> int:
+    dtype = autocast_dtype(subject.arithmetic) or ar.dtype
     outputs = ar.config.text_config.vision_vocab_size
-    return asked.samples * _prompt(asked.sampling).count * outputs * ar.dtype.itemsize
+    return asked.samples * _prompt(asked.sampling).count * outputs * dtype.itemsize
 
 
 def _scorer(subject: Subject, asked: Scoring, module: Module) -> Callable[[], Any]:
