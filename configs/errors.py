@@ -1,5 +1,6 @@
 """What a user did wrong: one clear line and exit status 2."""
 
+import argparse
 import io
 import os
 import sys
@@ -22,6 +23,16 @@ def require_folder(name: str, path: Path) -> None:
     """Raises UserError where a folder is to be written and a file stands."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{name} = {str(path)!r} is a file: name a folder")
+
+
+def not_empty(text: str) -> str:
+    """A command's argument that names something: `type` of argparse.
+
+    "", as "$FOLDER" is where nobody set it, would be the working directory.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text
 
 
 def first_line(error: Exception) -> str:

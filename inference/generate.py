@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from duet.configs.errors import UserError, exit_on_user_error
+from duet.configs.errors import UserError, exit_on_user_error, not_empty
 from duet.configs.outputs import make_folder, write_new
 from duet.configs.row import Row, check_row
 from duet.configs.rows import load_rows
@@ -25,10 +25,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")
     add("--prompt", action="append", default=[], help="may be repeated")
-    add("--prompts", help="a dataset with a `prompt`: JSONL, CSV, text, parquet, ...")
+    add("--prompts", type=not_empty, help="a dataset with a `prompt`: JSONL, CSV, parquet, ...")
     add("--adapter", action="append", default=[], help="a checkpoint-N; one for each module")
     add("--average", action="store_true", help="the moving averages of the checkpoints' weights")
-    add("--output", default="runs/images", help="folder for the PNG files")
+    add("--output", type=not_empty, default="runs/images", help="folder for the PNG files")
     add("--num-images", type=int, default=1, help="pictures of each prompt")
     add("--seed", type=int, default=0, help="picture i of a prompt takes seed + i")
     add("--height", type=int, help="pixels, a multiple of 32")

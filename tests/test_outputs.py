@@ -405,3 +405,18 @@ def test_what_has_no_score_is_null_and_warns_nobody(evaluated, adapters, most_al
     table, page = capsys.readouterr().out, (folder / "index.html").read_text()
     assert "Sometimes = 1" in table and "not scored" in table and "Never = 1" not in table
     assert "Sometimes = 1" in page and "not scored" in page and "nan" not in table + page.lower()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (generate.main, ["--model", str(MODEL), "--prompt", "a", "--output", ""]),
+        (generate.main, ["--model", str(MODEL), "--prompt", "a", "--prompts", " "]),
+        (evaluate.main, ["run.yaml", "--output", ""]),
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(main, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and f"{arguments[-2]}: {arguments[-1]!r} names nothing" in last

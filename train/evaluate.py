@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from duet.configs.errors import exit_on_user_error
+from duet.configs.errors import exit_on_user_error, not_empty
 from duet.configs.load import load_config
 
 
@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--average", action="store_true", help="the moving averages of the checkpoints' weights"
     )
-    parser.add_argument("--output", help="folder of the report (default: OUTPUT_DIR/evaluation)")
+    parser.add_argument(
+        "--output", type=not_empty, help="folder of the report (default: OUTPUT_DIR/evaluation)"
+    )
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     output = Path(options.output or Path(config.output_dir) / "evaluation")
