@@ -13,6 +13,7 @@ from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.reward_schema import RewardConfig
 from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.inference import pictures
 from duet.inference.adapters import add_adapter
 from duet.inference.shapes import Scale
 from duet.launch import cost, plan
@@ -124,6 +125,21 @@ def test_what_is_counted_is_what_autograd_saves(stage, component, call, pipeline
     )
     add_adapter(real, subject.part, LORA.rank, LORA.alpha)
     assert counted == pytest.approx(kept_for_real(real, call), rel=0.05)
+
+
+def test_a_picture_at_a_time_leaves_the_vae_where_the_plan_counts_one(monkeypatch):
+    at_once = []
+
+    def decode(vae, latents):
+        at_once.append(tuple(latents.shape))
+        height, width = latents.shape[-2:]
+        return torch.zeros(len(latents), 3, 8 * height, 8 * width)
+
+    monkeypatch.setattr(pictures, "decode", decode)
+    assert pictures.decode_pixels(None, torch.zeros(3, 16, 128, 128)).shape == (3, 1024, 1024, 3)
+    assert at_once == 3 * [(1, 16, 128, 128)]
+    pictures.decode_pixels(None, torch.zeros(3, 16, 8, 12))
+    assert at_once[3:] == [(3, 16, 8, 12)], "small ones leave together"
 
 
 @pytest.mark.parametrize("stage", REAL)
