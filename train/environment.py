@@ -1,11 +1,37 @@
 """Environment variables of accelerate: a run's settings stand in its YAML."""
 
 import os
+from collections.abc import Mapping
+from typing import Literal
 
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 
 _SPREADING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+Engine = Literal["ddp", "zero2", "zero3", "fsdp2"]
+
+
+def engine() -> Engine:
+    """What spreads the run over its processes, as accelerate's environment asks for it.
+
+    DDP is where nothing is asked, also for one process. Raises UserError for an engine that Duet
+    does not train by.
+    """
+    return _engine(os.environ)
+
+
+def _engine(environment: Mapping[str, str]) -> Engine:
+    asked = [k for k in ("DEEPSPEED", "FSDP") if environment.get(f"ACCELERATE_USE_{k}") == "true"]
+    match asked:
+        case []:
+            return "ddp"
+        case ["DEEPSPEED"]:
+            stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+            return "zero3" if stage == "3" else "zero2"
+        case _:
+            return "fsdp2"
 
 
 def require_own_settings(config: RunConfig) -> None:
