@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from diffusers import GlmImagePipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module
@@ -20,6 +21,7 @@ from duet.inference.adapter_files import (
     read_adapter,
 )
 from duet.inference.binding import bind
+from duet.inference.filling import Filling, Plain
 from duet.inference.parts import Part
 from duet.inference.provenance import damaged
 
@@ -77,20 +79,20 @@ def load_adapter(pipeline: GlmImagePipeline, checkpoint: str | Path) -> AdapterI
     if getattr(module, "peft_config", None):
         raise UserError(f"adapter {str(checkpoint)!r}: the {info.stage} has an adapter already")
     add_adapter(module, info.part, lora.rank, lora.alpha, lora.target_modules)
-    _fill(module, saved, checkpoint)
+    _fill(module, saved, checkpoint, Plain())
     module.requires_grad_(False).eval()
     return info
 
 
-def restore_adapter(module: Module, checkpoint: str | Path) -> None:
+def restore_adapter(module: Module, checkpoint: str | Path, into: Filling = Plain()) -> None:
     """Give the module's adapter the very values that were saved.
 
     Raises UserError as `load_adapter`, but asks nothing of the base.
     """
-    _fill(module, read_adapter(checkpoint), checkpoint)
+    _fill(module, read_adapter(checkpoint), checkpoint, into)
 
 
-def _fill(module: Module, saved: SavedAdapter, checkpoint: str | Path) -> None:
+def _fill(module: Module, saved: SavedAdapter, checkpoint: str | Path, into: Filling) -> None:
     """In float32: the libraries' own loaders round to the dtype of the base, which is another
     policy than the one that was trained.
     """
@@ -102,10 +104,10 @@ def _fill(module: Module, saved: SavedAdapter, checkpoint: str | Path) -> None:
     for name in sorted(own.keys() ^ saved.weights.keys()):
         raise damaged(checkpoint, KeyError(f"{name} stands on one side only"))
     for name, parameter in own.items():
-        if parameter.shape != saved.weights[name].shape:
+        if into.shape(parameter) != saved.weights[name].shape:
             raise damaged(checkpoint, ValueError(f"{name} has another shape"))
-        parameter.data = parameter.data.float()
-        parameter.data.copy_(saved.weights[name])
+        assert parameter.dtype == torch.float32, "add_adapter makes it so"
+        into.fill(parameter, saved.weights[name])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ class Placement:
         """`config`: None leaves the parts where they are."""
         self.pipeline, self.moves = pipeline, config is not None and config.offload == "phase"
         self.device = pick_device(config.device) if self.moves else pipeline.device
+        self.fixed: set[str] = set()  # components that stay on the device
 
     def bring(self, *needed: str) -> None:
         """Before a phase: first the others leave, so that the two are never there together."""
@@ -24,7 +25,8 @@ class Placement:
             return
         parts = components(self.pipeline)
         for name, part in parts.items():
-            if name not in needed:
+            if name not in needed and name not in self.fixed:
                 part.to("cpu")
         for name in needed:
-            parts[name].to(self.device)
+            if name not in self.fixed:
+                parts[name].to(self.device)

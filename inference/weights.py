@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from duet.configs.digests import Damaged, check_digests, write_digests
 from duet.configs.errors import UserError
+from duet.inference.filling import Filling, Plain
 from duet.inference.provenance import Provenance, damaged, read_provenance, require_base
 
 INFO = "duet_weights.json"
@@ -69,33 +70,31 @@ def load_weights(pipeline: GlmImagePipeline, checkpoint: str | Path) -> Provenan
     module = info.part.module(pipeline)
     if getattr(module, "peft_config", None):
         raise UserError(f"weights {str(checkpoint)!r}: the {info.stage} has an adapter already")
-    _fill(module, checkpoint)
+    _fill(module.float(), checkpoint, Plain())  # which it is trained in: stock does as it is told
     module.requires_grad_(False).eval()
     return info
 
 
-def restore_weights(module: Module, checkpoint: str | Path) -> None:
+def restore_weights(module: Module, checkpoint: str | Path, into: Filling = Plain()) -> None:
     """Give the module the very values that were saved.
 
     Raises UserError as `load_weights`, but asks nothing of the base.
     """
     check_weights(checkpoint)
-    _fill(module, checkpoint)
+    _fill(module, checkpoint, into)
 
 
-def _fill(module: Module, checkpoint: str | Path) -> None:
-    """In float32, which the module is trained in: stock loads it in the dtype that it is told."""
-    own = module.state_dict()
+def _fill(module: Module, checkpoint: str | Path, into: Filling) -> None:
+    own = module.state_dict(keep_vars=True)
     with ExitStack() as files:
         saved = _tensors(weights_folder(checkpoint), files)
         for name in sorted(own.keys() ^ saved.keys()):
             raise damaged(checkpoint, KeyError(f"{name} stands on one side only"))
         for name, value in own.items():
-            if list(value.shape) != saved[name].get_slice(name).get_shape():
+            if list(into.shape(value)) != saved[name].get_slice(name).get_shape():
                 raise damaged(checkpoint, ValueError(f"{name} has another shape"))
-        with torch.no_grad():
-            for name, value in module.float().state_dict().items():
-                value.copy_(saved[name].get_tensor(name))
+        for name, value in own.items():
+            into.fill(value, saved[name].get_tensor(name))
 
 
 def _tensors(folder: Path, files: ExitStack) -> dict[str, Any]:

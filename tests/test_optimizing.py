@@ -120,13 +120,13 @@ def test_a_gate_that_saw_dropout_would_refuse(small_run, tmp_path):
     AcceleratorState._reset_state(True)
     run = prepare(small_run("decoder", *DROPOUT, "train.max_steps=3", "train.resume=latest")).at(0)
     rollouts = collect(run, 2).rollouts
-    whole = update.rescore(run.stage, run.policy.module, rollouts, 4)
+    whole = update.rescore(run, rollouts)
     gate.check_gap(run.stage, rollouts, whole, "float32")
-    with run.policy.training() as module:
-        thinned = update.rescore(run.stage, module, rollouts, 4)
+    with run.policy.training():
+        thinned = update.rescore(run, rollouts)
     with pytest.raises(UserError, match="the ratio is not 1"):
         gate.check_gap(run.stage, rollouts, thinned, "float32")
-    assert torch.equal(update.rescore(run.stage, run.policy.module, rollouts, 4), whole)
+    assert torch.equal(update.rescore(run, rollouts), whole)
 
 
 def test_a_run_over_the_batch_learns(small_run, tmp_path):

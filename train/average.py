@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.nn import Parameter
 
 from duet.configs.schema import AverageConfig
 
@@ -17,7 +16,7 @@ _STATE = "duet_average.json"
 class Average:
     """Of float32 weights, on their device; the first values are those they begin with."""
 
-    def __init__(self, config: AverageConfig, trained: Sequence[Parameter]) -> None:
+    def __init__(self, config: AverageConfig, trained: Sequence[Tensor]) -> None:
         self.model = EMAModel(trained, decay=config.decay, update_after_step=config.start)
 
     @property
@@ -29,7 +28,7 @@ class Average:
         """How many it has seen, those before `start` too."""
         return self.model.optimization_step
 
-    def step(self, trained: Sequence[Parameter]) -> None:
+    def step(self, trained: Sequence[Tensor]) -> None:
         """After an update of the weights."""
         self.model.step(trained)
 
@@ -39,7 +38,7 @@ class Average:
         (folder / _STATE).write_text(json.dumps({"updates": self.updates}))
 
     @torch.no_grad()
-    def read(self, folder: Path, trained: Sequence[Parameter]) -> None:
+    def read(self, folder: Path, trained: Sequence[Tensor]) -> None:
         """`trained`: which hold the values that were written. What was written is whole."""
         self.model.optimization_step = json.loads((folder / _STATE).read_text())["updates"]
         for value, parameter in zip(self.values, trained, strict=True):

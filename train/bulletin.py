@@ -60,8 +60,8 @@ _OWNED = re.compile(r"\.(lora_.*|[^.]+)$")  # a parameter's name below its layer
 def _what_trains(run: Run) -> str:
     config, policy = run.config, run.policy
     named = [n for n, p in policy.inner.named_parameters() if p.requires_grad]
-    trained = sum(p.numel() for p in policy.trained)
-    total = sum(p.numel() for p in policy.inner.parameters())
+    trained = policy.size
+    total = sum(policy.sharding.shape(p).numel() for p in policy.inner.parameters())
     layers = len({_OWNED.sub("", name) for name in named})
     how = f"{config.tuning} tuning"
     if config.average is not None:

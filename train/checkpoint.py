@@ -97,7 +97,7 @@ def save_checkpoint(
     with together(accelerator):
         for part, policy in policies.items():
             policy.save(part_folder(partial, part, policies))
-        save_state(accelerator, partial)
+        save_state(accelerator, [p.sharding for p in policies.values()], partial)
     from_main(accelerator, finish)
     return final
 
@@ -106,7 +106,8 @@ def load_checkpoint(policies: Mapping[str, Policy], checkpoint: Path) -> None:
     """Weights, optimizers, schedules and random states. Raises UserError for a damaged one."""
     for part, policy in policies.items():
         policy.load(part_folder(checkpoint, part, policies))
-    load_state(next(iter(policies.values())).accelerator, checkpoint)
+    accelerator = next(iter(policies.values())).accelerator
+    load_state(accelerator, [p.sharding for p in policies.values()], checkpoint)
 
 
 def _stands(final: Path, run_id: str) -> bool:

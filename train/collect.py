@@ -42,7 +42,7 @@ def collect(run: Run, step: int) -> Collected:
     groups = draw_groups(run.rows, config.seed, step, count, samples)
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     start = time.perf_counter()
-    with together(accelerator), run.signals.heeded(), run.policy.sampling():
+    with run.sampling(), together(accelerator), run.signals.heeded():
         requests = stage.requests(mine)  # the decoder's priors are made or read here
         before = time.perf_counter() - start
 

@@ -30,8 +30,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], advantages: Tensor, first: bool
     single = run.geometry.updates_per_rollout == 1 and run.config.dropout == 0
     needed = trainer and not single
     if first or needed:
-        size = run.config.optim.per_device_train_batch_size
-        rescored = rescore(run.stage, run.policy.module, rollouts, size, run.shows)
+        rescored = rescore(run, rollouts)
     if first:
         with together(run.accelerator):
             gate.check_gap(run.stage, rollouts, rescored, run.config.arithmetic.precision)

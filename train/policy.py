@@ -1,8 +1,8 @@
 """What is trained: sampled from, compared with its reference, updated, saved."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from duet.configs.errors import UserError
 from duet.configs.schema import AverageConfig, OptimConfig
@@ -18,8 +19,11 @@ from duet.inference.adapters import adapter_disabled
 from duet.inference.trained import AVERAGE
 from duet.train.average import Average
 from duet.train.dropout import lora_dropout
+from duet.train.engines import sharding_of
+from duet.train.environment import engine
 from duet.train.schedule import make_schedule
-from duet.train.swap import swapped
+from duet.train.swap import copies, swapped
+from duet.train.together import together
 from duet.train.tuning import Tuning
 
 
@@ -48,8 +52,9 @@ class Policy:
         rate's schedule.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
-        self.initial = tuning.attach(module)
-        self.trained = [p for p in module.parameters() if p.requires_grad]
+        began = tuning.attach(module)
+        self.sharding = sharding_of(engine())(accelerator, module, tuning.info.part.block)
+        self.trained = self.sharding.trained
         optimizer = AdamW(
             self.trained,
             lr=optim.learning_rate,
@@ -58,17 +63,42 @@ class Policy:
             weight_decay=optim.weight_decay,
         )
         scheduler = make_schedule(optimizer, optim, updates)
-        self.module, self.optimizer, self.scheduler = accelerator.prepare(
-            module, optimizer, scheduler
-        )
-        self.average = None if average is None else Average(average, self.trained)
+        self.sharding.prepare(optimizer, scheduler, optim.max_grad_norm)
+        self.initial = None if began is None else copies(self.held)  # as it began
+        self.average = None if average is None else Average(average, self.held)
         self.skipped_in_a_row = 0  # updates
         self._losses: list[Tensor] = []  # of the micro-batches since the last update
 
+    @property
+    def module(self) -> Module:
+        """What training forwards go through."""
+        return self.sharding.module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.sharding.optimizer
+
+    @property
+    def scheduler(self) -> LRScheduler:
+        return self.sharding.scheduler
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What this process holds of the trained weights."""
+        return [self.sharding.held(p) for p in self.trained]
+
+    @property
+    def size(self) -> int:
+        """Trained weights, on all processes together."""
+        return sum(self.sharding.shape(p).numel() for p in self.trained)
+
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """While open, the pipeline's own module is the policy to sample with, unwrapped."""
-        with torch.no_grad():
+        """While open, the pipeline's own module is the policy to sample with, unwrapped.
+
+        Collective, on entry alone.
+        """
+        with torch.no_grad(), self.sharding.gathered():
             yield
 
     @contextmanager
@@ -86,26 +116,28 @@ class Policy:
         if self.initial is None:
             began = adapter_disabled(self.inner)
         else:
-            began = swapped(self.trained, self.initial)
+            began = self._swapped(self.initial)
         with torch.no_grad(), began:
             yield self.inner
 
     def averaged(self) -> AbstractContextManager[None]:
         """While open, the module is the average of its updates (`average` of the settings)."""
         assert self.average is not None, "nothing is averaged"
-        return swapped(self.trained, self.average.values)
+        return self._swapped(self.average.values)
 
-    def synchronising(self, last: bool) -> AbstractContextManager[None]:
-        """While open, a backward pass; the `last` of a micro-batch shares gradients where an
-        update is due."""
-        return nullcontext() if last else self.accelerator.no_sync(self.module)
+    @contextmanager
+    def _swapped(self, values: Sequence[Tensor]) -> Iterator[None]:
+        self.sharding.settle()
+        with swapped(self.held, values):
+            yield
+            self.sharding.settle()
 
     def step(self, loss: Tensor) -> Update | None:
         """After a micro-batch's backward: on the last one of an update clip and step.
 
         `loss`: of the micro-batch.
 
-        Call it inside `accelerator.accumulate(policy.module)`. Where a loss or the gradient is
+        Call it inside `sharding.accumulating()`. Where a loss or the gradient is
         not finite on any process, the update is skipped on all, with all its micro-batches:
         weights, moments and learning rate stay (as transformers does in fp16).
         """
@@ -113,19 +145,12 @@ class Policy:
         self._losses.append(loss.detach().float())
         if not accelerator.sync_gradients:
             return None
-        norm = accelerator.clip_grad_norm_(self.trained, self.optim.max_grad_norm)
-        norm = torch.as_tensor(norm, device=loss.device)
+        norm = self.sharding.clip().to(loss.device)
         made = self._sound(norm)
-        if not made:
-            self.optimizer.zero_grad()
-        if made or accelerator.scaler is not None:  # the scaler lowers its scale
-            self.optimizer.step()
-        if made:
-            self.scheduler.step()
-            if self.average is not None:
-                self.average.step(self.trained)
-        self.optimizer.zero_grad()
-        return Update(norm, norm / math.sqrt(sum(p.numel() for p in self.trained)), made)
+        self.sharding.step(made)
+        if made and self.average is not None:
+            self.average.step(self.held)
+        return Update(norm, norm / math.sqrt(self.size), made)
 
     def _sound(self, norm: Tensor) -> bool:
         """Whether the update is finite, the same on all processes; counts those that are not."""
@@ -143,10 +168,11 @@ class Policy:
         return not loss and not gradient
 
     def require_finite(self) -> None:
-        """Raises UserError where a weight or a moment of the optimizer is not finite."""
-        states = (s for p in self.trained for s in self.optimizer.state[p].values())
-        values = [*self.trained, *(s for s in states if isinstance(s, Tensor))]
-        if not all(bool(v.isfinite().all()) for v in values):
+        """Raises UserError, on all processes, where a weight or a moment of the optimizer is
+        not finite on any."""
+        finite = all(bool(v.isfinite().all()) for v in [*self.held, *self.sharding.moments()])
+        broken = torch.tensor(float(not finite), device=self.accelerator.device)
+        if self.accelerator.reduce(broken, "sum") > 0:
             raise UserError(
                 "the trained weights are no longer finite: begin again with a smaller "
                 f"optim.learning_rate than {self.optim.learning_rate:g}"
@@ -158,14 +184,18 @@ class Policy:
         Raises UserError where one is not finite.
         """
         self.require_finite()
-        if self.accelerator.is_main_process:
-            self.tuning.write(self.inner, folder / self.tuning.folder)
-            self._write_average(folder / AVERAGE)
-
-    def _write_average(self, folder: Path) -> None:
+        self._write(folder / self.tuning.folder)
         if self.average is not None:
-            self.average.write(folder)
+            with together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    self.average.write(folder / AVERAGE)
             with self.averaged():
+                self._write(folder / AVERAGE)
+
+    def _write(self, folder: Path) -> None:
+        written = self.tuning.written(self.inner)
+        with self.sharding.laid_out(written), together(self.accelerator):
+            if self.accelerator.is_main_process:
                 self.tuning.write(self.inner, folder)
 
     def load(self, folder: Path) -> None:
@@ -174,6 +204,7 @@ class Policy:
         Raises UserError for damaged ones.
         """
         if self.average is not None:
-            self.tuning.read(self.inner, folder / AVERAGE)
-            self.average.read(folder / AVERAGE, self.trained)
-        self.tuning.read(self.inner, folder)
+            self.tuning.read(self.inner, folder / AVERAGE, self.sharding)
+            self.average.read(folder / AVERAGE, self.held)
+        self.tuning.read(self.inner, folder, self.sharding)
+        self.sharding.settle()

@@ -1,7 +1,8 @@
 """A run: what a step of one part needs, and the parts that are trained in turns."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -27,10 +28,19 @@ class Run:
     geometry: Geometry
     stage: Stage
     policy: Policy
+    policies: Mapping[str, Policy]  # of all parts that the run trains, this one's too
     scorer: Scorer
     weights: Tensor  # [R], of the trained rewards
     rows: Sequence[Row]
     signals: Signals
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """While open, all parts are those to sample with. Collective, on entry alone."""
+        with ExitStack() as opened:
+            for policy in self.policies.values():
+                opened.enter_context(policy.sampling())
+            yield
 
     @property
     def shows(self) -> bool:
@@ -54,7 +64,7 @@ class Training:
 
     @property
     def policies(self) -> dict[str, Policy]:
-        return {part: run.policy for part, run in self.runs.items()}
+        return dict(next(iter(self.runs.values())).policies)
 
     @property
     def shows(self) -> bool:

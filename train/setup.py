@@ -35,7 +35,6 @@ from duet.train.run import Run, Training
 from duet.train.scoring import load_scorers
 from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
-from duet.train.state import leave_weights_out
 from duet.train.together import from_main
 from duet.train.trackers import prepare_trackers, tracker_arguments
 from duet.train.tuning import tuning_of
@@ -74,7 +73,11 @@ def prepare(config: RunConfig) -> Training:
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
-    leave_weights_out(accelerator)
+    policies = {
+        name: _policy(part, stages[name], accelerator, start, divided[name].updates)
+        for name, part in parts.items()
+    }
+    _hold(policies, stages)
     signals = Signals()
     runs = {
         name: Run(
@@ -82,7 +85,8 @@ def prepare(config: RunConfig) -> Training:
             accelerator,
             divided[name],
             stages[name],
-            _policy(part, stages[name], accelerator, start, divided[name].updates),
+            policies[name],
+            policies,
             scorers[name],
             torch.tensor([r.weight for r in part.rewards]),
             rows,
@@ -92,10 +96,12 @@ def prepare(config: RunConfig) -> Training:
     }
     training = Training(config, accelerator, runs, start, signals)
     if start.checkpoint:
-        load_checkpoint(training.policies, start.checkpoint)
-    first = next(iter(stages.values()))  # what is judged is what trains
-    gate.check_schedule(first.engine, size)
-    gate.check_reference(first.engine, rows[0].prompt, size, config.arithmetic.precision)
+        load_checkpoint(policies, start.checkpoint)
+    first = next(iter(runs.values()))  # what is judged is what trains
+    engine = first.stage.engine
+    gate.check_schedule(engine, size)
+    with first.sampling():
+        gate.check_reference(engine, rows[0].prompt, size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training
@@ -139,6 +145,14 @@ def _policy(
     return Policy(accelerator, module, tuning, config.optim, updates, config.average)
 
 
+def _hold(policies: Mapping[str, Policy], stages: Mapping[str, Stage]) -> None:
+    """What lies in parts stays where it is, whatever `model.offload` moves."""
+    for name, policy in policies.items():
+        if not policy.sharding.movable:
+            for stage in stages.values():
+                stage.engine.placement.fixed.add(stages[name].part.component)
+
+
 # torch's new name for it means something else, and accelerate passes on the old one alone
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
@@ -148,7 +162,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
     on_cpu = pick_device(config.model.device).type == "cpu"
     if on_cpu and config.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU: on a CPU take 'bf16' or 'no'")
-    return Accelerator(
+    with accelerates_own():
+      return Accelerator(
         mixed_precision=config.train.mixed_precision,
         log_with=prepare_trackers(config) or None,
         project_dir=config.output_dir,

@@ -64,8 +64,14 @@ class Stage(Protocol):
     def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
         """A micro-batch, in as many backward passes as memory asks for."""
 
-    def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
-        """The actions of all samples by the module's weights of the moment."""
+    def forwards(self, rollouts: Sequence[Rollout]) -> int:
+        """How many batches `score` makes of them."""
+
+    def score(self, rollouts: Sequence[Rollout], module: Module, forwards: int = 0) -> Scored:
+        """The actions of all samples by the module's weights of the moment.
+
+        With `forwards`, in at least so many batches; those beyond its own count for nothing.
+        """
 
     def kl(self, scored: Scored, reference: Scored) -> Tensor:
         """[B, T], of the policy to the reference."""
@@ -95,7 +101,10 @@ class ArStage:
     def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
         return [Piece(list(rollouts), slice(None))]
 
-    def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
+    def forwards(self, rollouts: Sequence[Rollout]) -> int:
+        return 1
+
+    def score(self, rollouts: Sequence[Rollout], module: Module, forwards: int = 0) -> Scored:
         scores = self.engine.score_tokens([r.tokens for r in rollouts], module)
         return Scored(scores.logprobs, scores.entropy)
 
@@ -154,12 +163,19 @@ class DecoderStage:
             for part in (slice(k, k + at_once) for k in range(0, window, at_once))
         ]
 
-    def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
-        samples = [s for rollout in rollouts for s in rollout.latents.split()]
-        batches = pack(samples, len(samples), key=lambda s: s.given.kind)
-        made = join([self._replay([samples[i] for i in batch], module) for batch in batches])
+    def forwards(self, rollouts: Sequence[Rollout]) -> int:
+        return len(_alike(_split(rollouts)))
+
+    def score(self, rollouts: Sequence[Rollout], module: Module, forwards: int = 0) -> Scored:
+        samples = _split(rollouts)
+        batches = _alike(samples)
+        more = [batches[-1]] * (forwards - len(batches))
+        made = [self._replay([samples[i] for i in batch], module) for batch in batches + more]
+        own, surplus = join(made[: len(batches)]), made[len(batches) :]
+        for scored in surplus:  # in the graph too: its backward waits for other processes as well
+            own = replace(own, logprobs=own.logprobs + 0 * scored.logprobs.sum())
         order = [i for batch in batches for i in batch]
-        return made.select([order.index(i) for i in range(len(samples))])
+        return own.select([order.index(i) for i in range(len(samples))])
 
     def _replay(self, alike: Sequence[LatentTrajectory], module: Module) -> Scored:
         scores = self.engine.score_steps(join(alike), module)
@@ -177,6 +193,15 @@ class DecoderStage:
         if precision == "float32":
             return Bounds(1e-6, 1e-5, sharpness=math.inf)
         return Bounds(1.5e-4, 6e-4, sharpness=math.inf)
+
+
+def _split(rollouts: Sequence[Rollout]) -> list[LatentTrajectory]:
+    return [sample for rollout in rollouts for sample in rollout.latents.split()]
+
+
+def _alike(samples: Sequence[LatentTrajectory]) -> list[list[int]]:
+    """Those of one shape, which one forward takes."""
+    return pack(samples, len(samples), key=lambda sample: sample.given.kind)
 
 
 def _request(engine: Engine, group: Group, size: Size) -> Request:

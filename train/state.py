@@ -1,33 +1,55 @@
-"""accelerate's state of a run: optimizers, schedules and random states; never weights."""
+"""A run's optimizers, schedules and random states; never weights.
 
+The files are accelerate's, as one process would write them, whatever spreads the run: another
+number of processes and another engine can read them.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.utils import load
 
 from duet.configs.errors import UserError, first_line
+from duet.train.sharding import Sharding
 
 _FOLDER = "state"  # of a checkpoint
 
 
-def leave_weights_out(accelerator: Accelerator) -> None:
-    """`save_state` must not write, nor `load_state` read, the frozen base."""
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-
-
-def save_state(accelerator: Accelerator, checkpoint: Path) -> None:
+def save_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoint: Path) -> None:
     """Every process calls it: each has its own random state."""
-    accelerator.save_state(str(checkpoint / _FOLDER))
+    folder = checkpoint / _FOLDER
+    folder.mkdir(exist_ok=True)
+    save_accelerator_state(
+        str(folder),
+        [],
+        list(shardings),
+        [s.scheduler for s in shardings],
+        [],
+        accelerator.process_index,
+        0,
+        accelerator.scaler,
+    )
 
 
-def load_state(accelerator: Accelerator, checkpoint: Path) -> None:
+def load_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoint: Path) -> None:
     """Raises UserError for a damaged checkpoint."""
     state = checkpoint / _FOLDER
     try:
-        # load_state passes over random states that it cannot read
+        # accelerate passes over random states that it cannot read
         load(state / f"random_states_{accelerator.process_index}.pkl")
-        accelerator.load_state(str(state))
+        load_accelerator_state(
+            str(state),
+            [],
+            list(shardings),
+            [s.scheduler for s in shardings],
+            [],
+            accelerator.process_index,
+            accelerator.scaler,
+            "cpu",
+            load_kwargs={"mmap": True},  # each process takes its part alone
+        )
     except Exception as error:  # torch, pickle and zip readers each raise their own kinds
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is damaged ({first_line(error)}): resume from another"

@@ -5,16 +5,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 
-def copies(parameters: Sequence[Parameter]) -> list[Tensor]:
+def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
     """On the CPU, in their own dtype."""
     return [p.detach().to("cpu", copy=True) for p in parameters]
 
 
 @contextmanager
-def swapped(parameters: Sequence[Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """While open the parameters have other values; then their own again, bit for bit.
 
     Their own wait on the CPU. A graph that was made before cannot go backward afterwards:
@@ -29,6 +28,6 @@ def swapped(parameters: Sequence[Parameter], values: Sequence[Tensor]) -> Iterat
 
 
 @torch.no_grad()
-def _write(parameters: Sequence[Parameter], values: Sequence[Tensor]) -> None:
+def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 from duet.configs.schema import RunConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import add_adapter, restore_adapter, save_adapter
+from duet.inference.filling import Filling
 from duet.inference.parts import Part
 from duet.inference.provenance import Provenance
 from duet.inference.weights import restore_weights, save_weights
@@ -28,7 +29,10 @@ class Tuning(Protocol):
 
     def write(self, module: Module, folder: Path) -> None: ...
 
-    def read(self, module: Module, folder: Path) -> None:
+    def written(self, module: Module) -> dict[str, Parameter]:
+        """What `write` reads, by name."""
+
+    def read(self, module: Module, folder: Path, into: Filling) -> None:
         """The very values that were written; `folder`: theirs, or the checkpoint.
 
         Raises UserError for a damaged one.
@@ -51,8 +55,11 @@ class Lora:
     def write(self, module: Module, folder: Path) -> None:
         save_adapter(module, folder, self.info)
 
-    def read(self, module: Module, folder: Path) -> None:
-        restore_adapter(module, folder)
+    def written(self, module: Module) -> dict[str, Parameter]:
+        return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def read(self, module: Module, folder: Path, into: Filling) -> None:
+        restore_adapter(module, folder, into)
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,11 @@ class Full:
     def write(self, module: Module, folder: Path) -> None:
         save_weights(module, folder, self.info)
 
-    def read(self, module: Module, folder: Path) -> None:
-        restore_weights(module, folder)
+    def written(self, module: Module) -> dict[str, Parameter]:
+        return dict(module.named_parameters())
+
+    def read(self, module: Module, folder: Path, into: Filling) -> None:
+        restore_weights(module, folder, into)
 
 
 def passed(module: Module, part: Part) -> list[Parameter]:

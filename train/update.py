@@ -1,11 +1,11 @@
 """One rollout's updates of the policy, in micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn import Module
 from tqdm import tqdm
 
 from duet.inference.batching import pack
@@ -14,7 +14,7 @@ from duet.train.gap import Gap
 from duet.train.loss import Actions, Counts, policy_loss, truncated_weight
 from duet.train.metrics import Totals
 from duet.train.run import Run
-from duet.train.stages import Scored, Stage, sampled_logprobs
+from duet.train.stages import Piece, Scored, sampled_logprobs
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,56 @@ def micro_batches(rollouts: Sequence[Rollout], size: int) -> list[MicroBatch]:
     return batches
 
 
-@torch.no_grad()
-def rescore(
-    stage: Stage, module: Module, rollouts: Sequence[Rollout], batch_size: int, show: bool = False
-) -> Tensor:
-    """Log-probs [B, T] by the training forward, at the update's own micro-batches."""
-    batches = micro_batches(rollouts, batch_size)
-    with tqdm(batches, desc="old log-probs", leave=False, disable=not show) as bar:
-        return torch.cat([stage.score(batch.rollouts, module).logprobs for batch in bar])
-
-
-def references(run: Run, batches: Sequence[MicroBatch]) -> list[list[Scored | None]]:
-    """Each piece of each micro-batch by the policy's reference; None where no KL is asked for.
-
-    Before a step's updates, for all of them (as TRL's ref_per_token_logps).
+def forwards_of(run: Run, batches: Sequence[Sequence[Rollout]]) -> list[int]:
+    """How many forwards each is to be scored in: where a forward waits for the other processes,
+    as many as any of them needs. Collective.
     """
-    pieces = [run.stage.pieces(batch.rollouts) for batch in batches]
-    if run.config.grpo.beta == 0:
-        return [[None] * len(parts) for parts in pieces]
-    with (
-        run.policy.reference() as module,
-        tqdm(pieces, desc="reference", leave=False, disable=not run.shows) as bar,
-    ):
-        return [[run.stage.score(p.rollouts, module) for p in parts] for parts in bar]
+    own = [run.stage.forwards(rollouts) for rollouts in batches]
+    if not run.policy.sharding.in_step:
+        return own
+    every = gather_object([own])
+    return [max(each) for each in zip(*every, strict=True)]
+
+
+@torch.no_grad()
+def rescore(run: Run, rollouts: Sequence[Rollout]) -> Tensor:
+    """Log-probs [B, T] by the training forward, at the update's own micro-batches."""
+    size, module = run.config.optim.per_device_train_batch_size, run.policy.module
+    batches = [batch.rollouts for batch in micro_batches(rollouts, size)]
+    counted = list(zip(batches, forwards_of(run, batches), strict=True))
+    with tqdm(counted, desc="old log-probs", leave=False, disable=not run.shows) as bar:
+        return torch.cat([run.stage.score(b, module, n).logprobs for b, n in bar])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one backward pass of a micro-batch goes through."""
+
+    piece: Piece
+    forwards: int
+    reference: Scored | None  # None where no KL is asked for
+
+
+def parts_of(run: Run, batches: Sequence[MicroBatch]) -> list[list[Part]]:
+    """Of each micro-batch, scored by the policy's reference: before a step's updates, for all
+    of them (as TRL's ref_per_token_logps).
+    """
+    cut = [run.stage.pieces(batch.rollouts) for batch in batches]
+    pieces = [piece for own in cut for piece in own]
+    forwards = forwards_of(run, [piece.rollouts for piece in pieces])
+    parts = [Part(piece, n, None) for piece, n in zip(pieces, forwards, strict=True)]
+    if run.config.grpo.beta:
+        with (
+            run.policy.reference() as module,
+            tqdm(parts, desc="reference", leave=False, disable=not run.shows) as bar,
+        ):
+            score = run.stage.score
+            parts = [
+                replace(part, reference=score(part.piece.rollouts, module, part.forwards))
+                for part in bar
+            ]
+    walk = iter(parts)
+    return [[next(walk) for _ in own] for own in cut]
 
 
 @dataclass(frozen=True)
@@ -112,13 +139,13 @@ def update(
     total = torch.tensor(float(sampled.numel()), device=device)
     counts = Counts(sampled.shape[1], float(accelerator.reduce(total, "mean")) / len(batches))
     totals, begun, pending, skipped, skips = Totals(), [], {}, {}, 0
-    compared = list(zip(batches, references(run, batches), strict=True))
-    schedule = [(p, *each) for p in range(grpo.num_iterations) for each in compared]
+    whole = list(zip(batches, parts_of(run, batches), strict=True))
+    schedule = [(p, *each) for p in range(grpo.num_iterations) for each in whole]
     bar = tqdm(schedule, desc="update", leave=False, disable=not run.shows)
-    for passed, batch, reference in bar:
-        with accelerator.accumulate(policy.module):
+    for passed, batch, parts in bar:
+        with policy.sharding.accumulating():
             gain = advantages[batch.index]
-            done = _backward(run, batch, before, reference, gain, counts, totals)
+            done = _backward(run, batch, parts, before, gain, counts, totals)
             made = policy.step(done.loss)
         if trainer and passed == 0:
             begun.append(torch.stack([done.old, sampled[batch.index]]).flatten(1))
@@ -149,25 +176,24 @@ class Backward:
 def _backward(
     run: Run,
     batch: MicroBatch,
+    parts: Sequence[Part],
     before: Old,
-    references: Sequence[Scored | None],  # of its pieces
     advantages: Tensor,
     counts: Counts,
     totals: Totals,
 ) -> Backward:
-    """Piece by piece; what it tells is added to `totals`. Within `accelerator.accumulate`."""
+    """Part by part; what it tells is added to `totals`. Within `sharding.accumulating`."""
     grpo, policy, losses, logprobs, olds = run.config.grpo, run.policy, [], [], []
     # dropout must stay on until backward has computed again what it needs
     with policy.training() as module:
-        pieces = run.stage.pieces(batch.rollouts)
-        for piece, reference in zip(pieces, references, strict=True):
-            with policy.synchronising(piece is pieces[-1]):
-                scored = run.stage.score(piece.rollouts, module)
-                old, weight = before.under(scored, batch.index, piece.actions)
-                kl = None if reference is None else run.stage.kl(scored, reference)
+        for part in parts:
+            with policy.sharding.synchronising(part is parts[-1]):
+                scored = run.stage.score(part.piece.rollouts, module, part.forwards)
+                old, weight = before.under(scored, batch.index, part.piece.actions)
+                kl = None if part.reference is None else run.stage.kl(scored, part.reference)
                 actions = Actions(scored.logprobs, old, advantages, kl, weight)
                 result = policy_loss(actions, grpo, counts)
-                run.accelerator.backward(result.loss)
+                policy.sharding.backward(result.loss)
             totals.add(result.metrics)
             if scored.entropy is not None:
                 totals.add({"entropy": scored.entropy.mean()})
