@@ -1,6 +1,7 @@
 """Pictures from prompts: python -m duet.inference.generate --model FOLDER --prompt '...'"""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from duet.configs.environment import require_shared_work
 from duet.configs.errors import UserError, exit_on_user_error, not_empty
 from duet.configs.outputs import make_folder, write_new
 from duet.configs.row import Row, check_row
@@ -102,6 +104,7 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     adapters = joined_adapters("--adapter", options.adapter, options.model, options.average)
     trained = {adapter: info.arithmetic for adapter, info in adapters.items()}
     arithmetic = choose_arithmetic(options.dtype, trained)
+    require_shared_work(os.environ, "generate", arithmetic.mixed_precision)
     outline = read_outline(options.model)
     sampling = SamplingConfig(**outline.defaults | given)
     size = Size.of(sampling)

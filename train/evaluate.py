@@ -1,8 +1,10 @@
 """python -m duet.train.evaluate CONFIG --checkpoint X: held-out prompts, fixed seeds, a report."""
 
 import argparse
+import os
 from pathlib import Path
 
+from duet.configs.environment import require_shared_work
 from duet.configs.errors import exit_on_user_error, not_empty
 from duet.configs.load import load_config
 
@@ -25,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
+    mixed, device = config.train.mixed_precision, config.model.device
+    require_shared_work(os.environ, "evaluate", mixed, device)
     output = Path(options.output or Path(config.output_dir) / "evaluation")
     from duet.train.evaluation import evaluate  # torch loads slowly
     from duet.train.report import write_report, write_strip

@@ -1,7 +1,9 @@
 """duet priors CONFIG: make the prior tokens that a decoder's runs read, once."""
 
 import argparse
+import os
 
+from duet.configs.environment import require_shared_work
 from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
 from duet.configs.schema import RunConfig
@@ -19,6 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
+    mixed, device = config.train.mixed_precision, config.model.device
+    require_shared_work(os.environ, "priors", mixed, device)
     _require_cache(config)
     from duet.train.prior_making import fill_cache  # torch loads slowly
 

@@ -1,5 +1,6 @@
 """Everything a run needs, built, resumed and checked before its first step."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -158,7 +159,7 @@ warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWar
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
-    require_own_settings(config)
+    require_own_settings(os.environ, config)
     on_cpu = pick_device(config.model.device).type == "cpu"
     if on_cpu and config.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU: on a CPU take 'bf16' or 'no'")
