@@ -3,8 +3,11 @@ where they go against the run's own."""
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
+
+from accelerate.utils import patch_environment
 
 from duet.configs.environment import ANYTHING, OFF, ON, Rule, Rules, common_rules, require, sharding
 from duet.configs.errors import UserError
@@ -115,3 +118,13 @@ def _same_number(value: str, allowed: str) -> bool:
         return float(value) == float(allowed)
     except ValueError:
         return False
+
+
+@contextmanager
+def processes_alone() -> Iterator[None]:
+    """While open accelerate makes processes that see each other, and nothing more: modules are
+    spread by train/engines.py, on a CPU as on GPUs.
+    """
+    asked = {f"ACCELERATE_USE_{kind}": "false" for kind in ("DEEPSPEED", "FSDP")}
+    with patch_environment(**asked):
+        yield

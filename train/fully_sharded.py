@@ -73,7 +73,7 @@ class FullySharded(Sharding):
     def held(self, parameter: Parameter) -> Tensor:
         return parameter.to_local().detach().requires_grad_()
 
-    def laid_out(self, parameters: Mapping[str, Parameter]) -> AbstractContextManager[None]:
+    def laid_out(self, parameters: Mapping[str, Parameter]) -> AbstractContextManager[Module]:
         return laid_out(self, parameters, lambda p: p.detach().full_tensor())
 
     def fill(self, parameter: Parameter, value: Tensor) -> None:

@@ -15,6 +15,7 @@ from duet.configs.errors import UserError, tell
 from duet.configs.outputs import make_folder
 from duet.configs.schema import RunConfig
 from duet.inference.model import pick_device
+from duet.train.environment import processes_alone
 from duet.train.together import together
 
 Work = Callable[[RunConfig], Path]
@@ -62,7 +63,8 @@ def alone(name: str) -> Callable[[Work], Work]:
     def decorate(work: Work) -> Work:
         @wraps(work)
         def run(config: RunConfig) -> Path:
-            state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
+            with processes_alone():
+                state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
             with ExitStack() as held:
                 with together(state):
                     if state.is_main_process:

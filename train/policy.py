@@ -194,9 +194,9 @@ class Policy:
 
     def _write(self, folder: Path) -> None:
         written = self.tuning.written(self.inner)
-        with self.sharding.laid_out(written), together(self.accelerator):
+        with self.sharding.laid_out(written) as module, together(self.accelerator):
             if self.accelerator.is_main_process:
-                self.tuning.write(self.inner, folder)
+                self.tuning.write(module, folder)
 
     def load(self, folder: Path) -> None:
         """The very weights, and their average, that were saved.

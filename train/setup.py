@@ -22,7 +22,7 @@ from duet.inference.parts import AR, DECODER
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
-from duet.train.environment import require_own_settings
+from duet.train.environment import processes_alone, require_own_settings
 from duet.train.geometry import geometry
 from duet.train.memory import require_fit
 from duet.train.policy import Policy
@@ -163,14 +163,14 @@ def _accelerator(config: RunConfig) -> Accelerator:
     on_cpu = pick_device(config.model.device).type == "cpu"
     if on_cpu and config.train.mixed_precision == "fp16":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU: on a CPU take 'bf16' or 'no'")
-    with accelerates_own():
-      return Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=prepare_trackers(config) or None,
-        project_dir=config.output_dir,
-        cpu=on_cpu,
-        step_scheduler_with_optimizer=False,
-        # glyph lengths differ, so processes may run unequal numbers of forwards: none of them
-        # may wait in one for the others' buffers, which no forward changes
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    with processes_alone():
+        return Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            log_with=prepare_trackers(config) or None,
+            project_dir=config.output_dir,
+            cpu=on_cpu,
+            step_scheduler_with_optimizer=False,
+            # glyph lengths differ, so processes may run unequal numbers of forwards: none of them
+            # may wait in one for the others' buffers, which no forward changes
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )

@@ -74,11 +74,12 @@ class Sharding:
         return parameter
 
     @contextmanager
-    def laid_out(self, parameters: Mapping[str, Parameter]) -> Iterator[None]:
-        """While open the module's `parameters`, by name, are whole on the main process, to be
-        written. Collective, on entry alone. No forward within.
+    def laid_out(self, parameters: Mapping[str, Parameter]) -> Iterator[Module]:
+        """The module to write: on the main process its `parameters`, by name, are whole.
+
+        Collective, on entry alone. No forward within.
         """
-        yield
+        yield self.inner
 
     def shape(self, parameter: Parameter) -> torch.Size:
         """Of the whole parameter."""

@@ -155,7 +155,7 @@ class Zero3(Zero2):
     def held(self, parameter: Parameter) -> Tensor:
         return parameter.ds_tensor.detach().requires_grad_()
 
-    def laid_out(self, parameters: Mapping[str, Parameter]) -> AbstractContextManager[None]:
+    def laid_out(self, parameters: Mapping[str, Parameter]) -> AbstractContextManager[Module]:
         return laid_out(self, parameters, _whole)
 
     def shape(self, parameter: Parameter) -> torch.Size:
