@@ -1,0 +1,154 @@
+"""What `engines.py` starts on each process: updates of both stages by one engine.
+
+    torchrun --nproc_per_node 2 -m duet.train.tiny.engine_updates FOLDER [ar-lora decoder-full ...]
+
+Writes into FOLDER, for each stage and tuning, the checkpoint after three SGD steps, those of two
+steps of AdamW, uninterrupted and resumed in between, and what was measured.
+"""
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch.optim import SGD, Optimizer
+
+from duet.configs.load import load_config
+from duet.train.advantages import group_advantages
+from duet.train.checkpoint import save_checkpoint
+from duet.train.collect import collect
+from duet.train.environment import engine
+from duet.train.learn import learn
+from duet.train.run import Training
+from duet.train.setup import prepare
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
+CASES = ("decoder-lora", "decoder-full", "ar-lora", "ar-full")
+# of SGD: changes that are large beside the rounding of the weights
+_RATES = {"decoder-lora": 100, "decoder-full": 150, "ar-lora": 0.03, "ar-full": 0.03}
+_SAMPLES = 2  # of a prompt; one batch each in sampling, whatever the processes
+# drawn in this order; of two processes the second one has glyphs of two lengths
+_WORDS = ("CAT", "PEN", "DOG", "HELLO")
+_ORDER = np.random.default_rng([0, 0]).permutation(len(_WORDS))
+_COMMON = (
+    f"rollout.prompts_per_step={len(_WORDS)}",
+    f"rollout.num_generations={_SAMPLES}",
+    f"rollout.batch_size={_SAMPLES}",
+    "optim.lr_scheduler_type=constant",
+    "grpo.num_iterations=1",
+    "grpo.beta=0.01",
+    "grpo.epsilon=0.9",
+    "grpo.epsilon_high=10",
+    "sampling.num_inference_steps=6",
+    "rewards=[{name: duet.train.tiny.hackable.Sharpness}]",
+    "train.trackers=[]",
+    "train.max_steps=2",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cases", nargs="*", default=CASES)
+    options = parser.parse_args()
+    for case in options.cases:
+        measured = measure(case, options.folder / case)
+        if PartialState().is_main_process:
+            (options.folder / case / "measured.json").write_text(json.dumps(measured))
+
+
+def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
+    with mock.patch("duet.train.policy.AdamW", _sgd):
+        rate = f"optim.learning_rate={_RATES[case]}"
+        steps = ("grpo.num_iterations=3", "optim.max_grad_norm=1000")
+        _step(_prepare(case, folder / "sgd", _SAMPLES, rate, *steps), 0)
+    whole = _prepare(case, folder / "adam", 2 * _SAMPLES)
+    policy = whole.at(0).policy
+    held = sum(value.numel() for value in policy.held)
+    seconds = [_step(whole, step) for step in range(2)]
+    moments = sum(moment.numel() for moment in policy.sharding.moments())
+    skipped = _skips(whole)
+    del policy, whole
+    resume = f"train.resume={folder / 'adam' / 'checkpoint-1'}"
+    _step(_prepare(case, folder / "resumed", 2 * _SAMPLES, resume), 1)
+    _forget()
+    return {
+        "engine": engine(),
+        "processes": PartialState().num_processes,
+        "weights": held,
+        "moments": moments,
+        "skipped": skipped,
+        "seconds": seconds[1],
+    }
+
+
+def _skips(training: Training) -> bool:
+    """A loss that is not finite on the last process: does every one leave its weights alone?"""
+    run = training.at(0)
+    accelerator, policy = run.accelerator, run.policy
+    collected = collect(run, 0)
+    before = [value.detach().clone() for value in policy.held]
+    last = accelerator.process_index == accelerator.num_processes - 1
+    gains = torch.full([len(collected.group_ids)], torch.nan if last else 1.0)
+    learn(run, collected.rollouts, gains, first=False)
+    same = all(map(torch.equal, before, policy.held)) and policy.skipped_in_a_row == 1
+    return all(gather_object([same]))
+
+
+def _sgd(parameters: list[torch.Tensor], lr: float, **rest: object) -> Optimizer:
+    return SGD(parameters, lr)
+
+
+def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
+    _forget()
+    stage, tuning = case.split("-")
+    own = len(_WORDS) * _SAMPLES // PartialState(cpu=True).num_processes
+    batch = min(batch, own)
+    sizes = [
+        f"optim.per_device_train_batch_size={batch}",
+        f"optim.gradient_accumulation_steps={own // batch}",
+    ]
+    data = f"data.train={output.parents[1] / 'rows.jsonl'}"
+    given = [*_COMMON, *sizes, data, f"tuning={tuning}", f"output_dir={output}", *overrides]
+    return prepare(load_config(TINY / f"{stage}.yaml", given))
+
+
+def write_rows(folder: Path) -> None:
+    """What the runs are trained on. Before they start."""
+    rows = [""] * len(_WORDS)
+    for place, word in zip(_ORDER, _WORDS, strict=True):
+        rows[place] = json.dumps({"prompt": f'a red card with the white word "{word}"'})
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+
+
+def _forget() -> None:
+    """What accelerate keeps of the run before; the processes stay."""
+    gc.collect()
+    AcceleratorState._reset_state()
+
+
+def _step(training: Training, step: int) -> float:
+    """One rollout with its updates, and a checkpoint; the seconds without it."""
+    run, config, start = training.at(step), training.config, time.perf_counter()
+    collected = collect(run, step)
+    advantages = group_advantages(
+        collected.all_scores.table, run.weights, collected.all_group_ids, run.config.grpo
+    )
+    learn(run, collected.rollouts, collected.own(advantages.values), first=step == 0)
+    seconds = time.perf_counter() - start
+    save_checkpoint(
+        training.policies, config, training.start.run_id, training.start.inputs, step + 1
+    )
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Engine x stage x tuning x processes: does it work, is its update that of one process, is it
+resumed to the bit, how long is a step?
+
+    python -m duet.train.tiny.engines [--engines ddp zero2 zero3 fsdp2] [--processes 1 2 4]
+
+Prints the table of configs/tiny/RESULTS.md. Each engine and number of processes is one launch on
+this machine's CPU over gloo. Status 1 where something is not equal, or not resumed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from duet.inference.parts import PARTS
+from duet.train.tiny.engine_updates import CASES, TINY, write_rows
+
+# accelerate's environment for each, as launch/accelerate/*.yaml set it
+ENGINES = {
+    "ddp": {},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+}
+# in the largest change; the AR's own forward is no surer in float32, and each step builds on it
+WEIGHTS_ALLOWED = {"decoder": 1e-6, "ar": 1e-5}
+MOMENTS_ALLOWED = 1e-4  # in the largest
+
+
+@dataclass(frozen=True)
+class Line:
+    """What came of one engine, case and number of processes."""
+
+    engine: str
+    case: str
+    processes: int
+    weights: float  # largest difference after three SGD steps, in the largest change
+    moments: float  # of Adam's first moments after a step, in the largest
+    resumed: bool  # to the bit
+    skipped: bool  # an update whose loss was not finite on one process
+    held: float  # trained weights that a process holds
+    held_moments: float
+    seconds: float
+
+    @property
+    def sound(self) -> bool:
+        allowed = WEIGHTS_ALLOWED[self.case.split("-")[0]]
+        equal = self.weights <= allowed and self.moments <= MOMENTS_ALLOWED
+        return equal and self.resumed and self.skipped
+
+    def __str__(self) -> str:
+        stage, tuning = self.case.split("-")
+        resumed, skipped = ("yes" if held else "NO" for held in (self.resumed, self.skipped))
+        return (
+            f"| {self.engine} | {stage} | {tuning} | {self.processes} | {self.weights:.1e} | "
+            f"{self.moments:.1e} | {resumed} | {skipped} | {self.held:.0%} | "
+            f"{self.held_moments:.0%} | "
+            f"{self.seconds:.1f} |"
+        )
+
+
+HEAD = (
+    "| engine | stage | tuning | processes | weights | moments | resumed | skipped | held | "
+    "moments held | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def launch(engine: str, processes: int, folder: Path, cases: Sequence[str] = CASES) -> None:
+    """Raises CalledProcessError, with the output, where a run ends before its last step."""
+    write_rows(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), "-m", "duet.train.tiny.engine_updates"]
+    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ENGINES[engine]
+    subprocess.run(
+        [*command, str(folder), *cases],
+        env=os.environ | own,
+        cwd=TINY.parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:
+    """Of what a launch wrote in `folder`; `alone`: what one process did."""
+    told = json.loads((folder / "measured.json").read_text())
+    one = json.loads((alone / "measured.json").read_text())
+    assert told["engine"] == engine
+    before, after = _start(case, alone), _weights(alone / "sgd" / "checkpoint-1")
+    moved = max(_largest(after[name] - before[name]) for name in before)
+    own = _weights(folder / "sgd" / "checkpoint-1")
+    first, mine = (_moments(f / "adam" / "checkpoint-1") for f in (alone, folder))
+    whole, resumed = (folder / name / "checkpoint-2" for name in ("adam", "resumed"))
+    return Line(
+        engine,
+        case,
+        told["processes"],
+        _distance(after, own) / moved,
+        _distance(first, mine) / max(map(_largest, first.values())),
+        _distance(_weights(whole), _weights(resumed)) == 0
+        and _distance(_moments(whole), _moments(resumed)) == 0,
+        told["skipped"],
+        told["weights"] / one["weights"],
+        told["moments"] / one["moments"],
+        told["seconds"],
+    )
+
+
+def _start(case: str, alone: Path) -> dict[str, Tensor]:
+    """What moves, as it began: a fresh adapter's B is 0."""
+    stage, tuning = case.split("-")
+    if tuning == "lora":
+        names = _weights(alone / "sgd" / "checkpoint-1")
+        return {n: torch.zeros_like(v) for n, v in names.items() if ".lora_B." in n}
+    return {n: v.float() for n, v in _files(TINY / "model" / PARTS[stage].component).items()}
+
+
+def _weights(checkpoint: Path) -> dict[str, Tensor]:
+    [folder] = [checkpoint / n for n in ("adapter", "weights") if (checkpoint / n).is_dir()]
+    return _files(folder)
+
+
+def _files(folder: Path) -> dict[str, Tensor]:
+    return {n: v for f in folder.glob("*.safetensors") for n, v in load_file(f).items()}
+
+
+def _moments(checkpoint: Path) -> dict[int, Tensor]:
+    state = torch.load(checkpoint / "state" / "optimizer.bin", weights_only=True)["state"]
+    return {i: own["exp_avg"] for i, own in state.items()}
+
+
+def _largest(value: Tensor) -> float:
+    return float(value.abs().max())
+
+
+def _distance(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max(_largest(value - other[name]) for name, value in one.items())
+
+
+def lines(engines: Sequence[str], processes: Sequence[int], folder: Path) -> Iterator[Line]:
+    launch("ddp", 1, folder / "alone")
+    for engine in engines:
+        for count in processes:
+            own = folder / f"{engine}-{count}"
+            launch(engine, count, own)
+            for case in CASES:
+                yield compare(engine, case, folder / "alone" / case, own / case)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
+    options = parser.parse_args()
+    print(HEAD, flush=True)
+    sound = True
+    with tempfile.TemporaryDirectory() as folder:
+        for line in lines(options.engines, options.processes, Path(folder)):
+            print(line, flush=True)
+            sound &= line.sound
+    sys.exit(0 if sound else 1)
+
+
+if __name__ == "__main__":
+    main()
