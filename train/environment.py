@@ -1,12 +1,21 @@
 """What accelerate's environment asks of a training run: its engine, and settings that are refused
 where they go against the run's own."""
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Literal
 
-from duet.configs.environment import ANYTHING, OFF, ON, Rule, Rules, common_rules, require, sharding
+from duet.configs.environment import (
+    ANYTHING,
+    OFF,
+    ON,
+    Rule,
+    Rules,
+    common_rules,
+    require,
+    require_deepspeed,
+    sharding,
+)
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.configs.turns import turns
@@ -106,8 +115,8 @@ def require_own_settings(environment: Mapping[str, str], config: RunConfig) -> N
             f"train.mixed_precision = 'fp16' under {chosen}, whose loss Duet does not scale: take "
             "'bf16', or ddp"
         )
-    if chosen in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"{chosen} is DeepSpeed's, which is missing: pip install 'duet[deepspeed]'")
+    if chosen in ("zero2", "zero3"):
+        require_deepspeed(chosen)
 
 
 def _same_number(value: str, allowed: str) -> bool:
