@@ -123,7 +123,7 @@ def launch(arguments: Sequence[str]) -> None:
         launch_command(launch_command_parser().parse_args(list(arguments)))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise _ended(f"process {failure.global_rank(rank)}", failure.exitcode) from error
+        raise _ended(f"process {rank}", failure.exitcode) from error
     except CalledProcessError as error:
         raise _ended("the process", error.returncode) from error
     except SignalException as error:
