@@ -27,10 +27,7 @@ _OWN_FILE = "Duet, which writes DeepSpeed's configuration itself"
 _KEEPS = "Duet, which keeps on the GPU what is trained (model.offload is for the other parts)"
 _CHECKPOINTS = "Duet's checkpoints, which are whole and open in the stock libraries"
 _RECOMPUTES = "optim.gradient_checkpointing, which is Duet's setting for it"
-_READS = (
-    "Duet, which reads the weights itself: transformers would leave the frozen parts of the other "
-    "processes empty, or shard them too"
-)
+_READS = "Duet, which shards what is trained alone: transformers would shard the frozen parts too"
 _BY_BLOCK = "Duet, which shards by block"
 _BLOCKS = [part.block.__name__ for part in PARTS.values()]
 
@@ -61,7 +58,8 @@ _FSDP: Rules = {
     "FSDP_FORWARD_PREFETCH": Rule(OFF, "FSDP2, which has no such setting"),
     "FSDP_USE_ORIG_PARAMS": Rule(ON, "FSDP2, which always does"),
     "FSDP_SYNC_MODULE_STATES": ANYTHING,  # every process reads the same files
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": Rule(OFF, _READS),
+    # accelerate's default. Every process reads the frozen parts, as transformers does either way
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ANYTHING,
     "FSDP_STATE_DICT_TYPE": Rule((), _CHECKPOINTS),
     "FSDP_ACTIVATION_CHECKPOINTING": Rule(OFF, _RECOMPUTES),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(OFF, _RECOMPUTES),
@@ -91,6 +89,11 @@ def engine_of(environment: Mapping[str, str]) -> Engine:
     value = environment.get(name, default)
     require({name: value}, _ENGINES[kind])
     return "fsdp2" if kind == "FSDP" else f"zero{value}"
+
+
+def hybrid() -> bool:
+    """Whether FSDP2 shards within a machine alone, and machines hold copies."""
+    return os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() == "HYBRID_SHARD"
 
 
 def require_own_settings(environment: Mapping[str, str], config: RunConfig) -> None:
