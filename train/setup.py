@@ -22,7 +22,7 @@ from duet.inference.parts import AR, DECODER
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
-from duet.train.environment import require_own_settings
+from duet.train.environment import engine, require_own_settings
 from duet.train.geometry import geometry
 from duet.train.memory import require_fit
 from duet.train.policy import Policy
@@ -63,7 +63,7 @@ def prepare(config: RunConfig) -> Training:
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
         for part in parts.values():
-            require_fit(part, model_folder(config.model.path), processes, memory)
+            require_fit(part, model_folder(config.model.path), processes, memory, engine())
     outline = read_outline(config.model.path)
     size = Size.of(config.sampling)
     for each in (rows, held_out):
