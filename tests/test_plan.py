@@ -205,26 +205,16 @@ def test_processes_have_buckets_and_their_share():
             assert other.total == one.total + buckets
 
 
-PEAKS = re.findall(
-    r"^\| (\d+) \| `(\w+)` \| ([\d.]+) GiB \| ([\d.]+) GiB \| `(\w+)` \| ([\d.]+) GiB \| ([\d.]+) GiB \|$",
-    (ROOT / "README.md").read_text(), re.MULTILINE,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("row", PEAKS, ids=lambda row: row[0])
-def test_the_readmes_many_gpus_are_the_plans(row):
-    gpus, *cells = row
-    assert [r[0] for r in PEAKS] == ["1", "4", "8", "16", "64"]
-    for (file, *peaks), changes in (
-        (cells[:3], {}),
-        (cells[3:], {"tuning": "full", "model.offload": "phase"}),
-    ):
-        chosen = file if file in get_args(Engine) else "ddp"
-        for stage, told in zip(("ar", "decoder"), peaks, strict=True):
-            asked = changed(load_config(REAL[stage]), changes)
-            config = changed(asked, nearest_geometry(asked, int(gpus)))
-            step = step_of(config, Scale(), int(gpus))
-            assert f"{peak(phases(config, step, int(gpus), chosen)).total / GIB:.1f}" == told, stage
+def test_the_readmes_many_gpus_are_the_plans():
+    """The decoder's of eight: the others take their seconds too."""
+    [row] = re.findall(r"^\| 8 \| .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lora, full = re.findall(r"`(\w+)` \| [\d.]+ GiB \| ([\d.]+) GiB", row)
+    tuned = ["tuning=full", "model.offload=phase"]
+    for (engine, told), overrides in ((lora, []), (full, tuned)):
+        asked = load_config(REAL["decoder"], overrides)
+        config = changed(asked, nearest_geometry(asked, 8))
+        most = peak(phases(config, step_of(config, Scale(), 8), 8, engine)).total
+        assert f"{most / GIB:.1f}" == told
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

@@ -153,7 +153,7 @@ def test_the_batch_file_starts_one_launcher_a_machine(launched, small_run):
     [command] = re.findall(r"-m duet\.launch\.spread (.*?)' duet", text)
     told = {
         "FILE": str(FILES["fsdp2"]), "SLURM_JOB_NUM_NODES": "4", "PROCESSES": "32", "SLURM_NODEID": "3",
-        "MAIN_IP": "node0", "MAIN_PORT": "23456", "@": "run.yaml",
+        "MAIN_IP": "node0", "MAIN_PORT": "0", "@": "run.yaml",
     }  # fmt: skip
     for name, value in told.items():
         command = command.replace(f'"${name}"', value)
@@ -161,7 +161,7 @@ def test_the_batch_file_starts_one_launcher_a_machine(launched, small_run):
     spread.launch(shlex.split(command))
     [(asked, environment)] = launched
     assert (asked.nnodes, asked.nproc_per_node, asked.node_rank) == ("4", "8", 3)
-    assert asked.rdzv_endpoint == "node0:23456" and asked.training_script == "duet.train"
+    assert asked.rdzv_endpoint.startswith("node0:") and asked.training_script == "duet.train"
     assert asked.training_script_args == ["run.yaml", "train.resume=latest"]
     assert engine_of(environment) == "fsdp2"
     require_own_settings(environment, small_run("ar"))
