@@ -4,6 +4,7 @@ that asks for something else is honoured or refused by its name, never passed ov
 What `accelerate launch` makes of a config file reaches the processes as such variables.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,3 +115,9 @@ def require_shared_work(
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"), ANYTHING
     )
     require(environment, common_rules(mixed_precision, device) | idle)
+
+
+def require_deepspeed(asked: str) -> None:
+    """Raises UserError where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"{asked} needs DeepSpeed: pip install 'duet[deepspeed]', or take fsdp2")

@@ -5,11 +5,12 @@ import sys
 from importlib.metadata import version
 
 from duet.configs.errors import UserError, exit_on_user_error
+from duet.launch.spread import HELP, start, take_options
 
 _COMMANDS = {
     "train": (
         "duet.train.__main__",
-        "GRPO on one module (several processes: accelerate launch -m duet.train)",
+        "GRPO on one module",
     ),
     "generate": ("duet.inference.generate", "pictures from prompts"),
     "evaluate": ("duet.train.evaluate", "held-out prompts, every reward, a report"),
@@ -18,6 +19,7 @@ _COMMANDS = {
     "plan": ("duet.launch.plan", "memory, seconds and batches of a config, without a GPU"),
     "settings": ("duet.launch.settings", "every setting: type, range, default, meaning"),
 }
+_SPREAD = ("train", "generate", "evaluate", "priors")  # may run in several processes
 
 
 def main() -> None:
@@ -30,6 +32,7 @@ def _run() -> None:
         print("usage: duet COMMAND ... | --version\n")
         for name, (_, purpose) in _COMMANDS.items():
             print(f"  {name:<10} {purpose}")
+        print(f"\n{', '.join(_SPREAD)} in several processes: {HELP}")
         return
     if arguments == ["--version"]:
         print(f"duet {version('duet')}")
@@ -37,7 +40,13 @@ def _run() -> None:
     name, *rest = arguments
     if name not in _COMMANDS:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(_COMMANDS)}")
-    importlib.import_module(_COMMANDS[name][0]).main(rest)
+    module = _COMMANDS[name][0]
+    if name in _SPREAD:
+        asked, rest = take_options(rest)
+        if asked is not None:
+            start(asked, module, rest, trains=name == "train")
+            return
+    importlib.import_module(module).main(rest)
 
 
 if __name__ == "__main__":

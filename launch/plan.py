@@ -1,6 +1,6 @@
 """duet plan: what a config takes, counted without weights and without a GPU.
 
-    duet plan CONFIG [KEY=VALUE ...] [--gpus N] [--card NAME] [--memory-gib M]
+    duet plan CONFIG [KEY=VALUE ...] [--gpus N] [--engine NAME] [--card NAME] [--memory-gib M]
 
 Memory by phase and by what holds it, FLOPs, bytes and seconds of a step, and how prompts and
 samples divide. Sizes are those of the config.json files of model.path where it is a folder,
@@ -10,7 +10,7 @@ else the released GLM-Image's.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from duet.configs.load import load_config
 from duet.configs.schema import RunConfig
@@ -18,6 +18,7 @@ from duet.configs.turns import turns
 from duet.inference.shapes import Scale, Sizes
 from duet.launch.cost import CARDS, COMPUTE, COPY_BANDWIDTH, LAUNCH_SECONDS, MEMORY, Card, costs
 from duet.rewards.sizes import reward_sizes
+from duet.train.environment import Engine
 from duet.train.geometry import changed, nearest_geometry
 from duet.train.memory import GIB, Phase, Step, peak, phases, savings, step_of
 from duet.train.workload import GLYPH_TOKENS, PROMPT_TOKENS
@@ -32,6 +33,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument(
+        "--engine", choices=get_args(Engine), default="ddp", help="what spreads the training"
+    )
     parser.add_argument("--card", choices=CARDS, default="h100")
     parser.add_argument("--memory-gib", type=float, help="default: the card's")
     options = parser.parse_args(arguments)
@@ -42,11 +46,13 @@ def main(arguments: list[str]) -> None:
         part.require_trainable()
     card = CARDS[options.card]
     for part in parts:  # of a run in turns each by itself: the other part's weights wait
-        for line in page(part, options.gpus, card, options.memory_gib or card.gib):
+        for line in page(part, options.gpus, card, options.memory_gib or card.gib, options.engine):
             print(line)
 
 
-def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator[str]:
+def page(
+    asked: RunConfig, gpus: int, card: Card, memory_gib: float, engine: Engine = "ddp"
+) -> Iterator[str]:
     sizes = sizes_of(asked)
     named = sizes if isinstance(sizes, Path) else "the released GLM-Image"
     yield f"{asked.stage}: sizes of {named}, an estimate"
@@ -54,7 +60,7 @@ def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator
     config = changed(asked, changes)
     yield from _geometry(config, gpus, changes)
     step = step_of(config, sizes, gpus)
-    found = phases(config, step, gpus)
+    found = phases(config, step, gpus, engine)
     yield ""
     yield from _table(found)
     unknown = reward_sizes((*config.rewards, *config.watch.rewards)).unknown
@@ -66,7 +72,7 @@ def page(asked: RunConfig, gpus: int, card: Card, memory_gib: float) -> Iterator
     verdict = "fits" if fits else "does not fit"
     yield f"\npeak {needed:.1f} GiB in phase {worst.name!r}: {verdict} in {memory_gib:g} GiB"
     if not fits:
-        yield _advice(config, sizes, gpus, memory_gib)
+        yield _advice(config, sizes, gpus, memory_gib, engine)
         if "reward models" in worst.held:
             yield "reward models may be on the CPU, by their args: {device: cpu}"
     yield ""
@@ -112,8 +118,8 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size else ""
 
 
-def _advice(config: RunConfig, sizes: Sizes, gpus: int, memory_gib: float) -> str:
-    found = savings(config, sizes, gpus, int(memory_gib * GIB))
+def _advice(config: RunConfig, sizes: Sizes, gpus: int, memory_gib: float, engine: Engine) -> str:
+    found = savings(config, sizes, gpus, int(memory_gib * GIB), engine)
     return f"it would with {_told(found)}" if found else "no setting of Duet makes it fit"
 
 

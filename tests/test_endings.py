@@ -14,6 +14,7 @@ import torch
 from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
 from duet.inference.engine import Engine
+from duet.train import together
 from duet.train.checkpoint import complete_checkpoints
 from duet.train.policy import Policy
 from tests.conftest import ROOT, adapter_weights, train
@@ -159,6 +160,17 @@ with Signals().listening():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and done.stdout == "alive\n"
     assert done.stderr.count("duet: SIGINT: the run ends at the next safe place") == 1
+
+
+@pytest.mark.parametrize("ended", [UserError("SIGUSR1 ended the run", 138), KeyError("gone")])
+def test_what_ends_one_process_ends_the_others_with_its_status(monkeypatch, ended):
+    told = []
+    monkeypatch.setattr(together, "gather_object", lambda own: told.extend(own) or told)
+    with pytest.raises(type(ended)), together.together(None):
+        raise ended
+    with pytest.raises(UserError, match="process 0 ended: ") as other, together.together(None):
+        pass
+    assert other.value.status == (138 if isinstance(ended, UserError) else 2)
 
 
 @pytest.mark.parametrize(

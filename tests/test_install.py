@@ -82,9 +82,21 @@ def run(environment, tmp_path):
 def test_every_module_and_its_data_are_installed(source, environment):
     duet = site_packages(environment) / "duet"
     wanted = {p.relative_to(source) for room in ROOMS for p in (source / room).rglob("*.py")}
-    for pattern in ("rewards/weights/*", "train/templates/*.html"):
+    for pattern in (
+        "rewards/weights/*",
+        "train/templates/*.html",
+        "launch/accelerate/*.yaml",
+        "launch/slurm.sbatch",
+    ):
         wanted |= {p.relative_to(source) for p in source.glob(pattern)}
-    assert {p.suffix for p in wanted} == {".py", ".npz", ".LICENSE", ".html"}
+    assert {p.suffix for p in wanted} == {
+        ".py",
+        ".npz",
+        ".LICENSE",
+        ".html",
+        ".yaml",
+        ".sbatch",
+    }
     assert not [name for name in sorted(wanted) if not (duet / name).is_file()]
 
 

@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.train.checkpoint import Inputs
-from duet.train.environment import require_own_settings
 from duet.train.metrics import read_metrics
 from duet.train.resume import Start
 from duet.train.trackers import prepare_trackers, tracker_arguments
@@ -41,36 +40,6 @@ def test_a_last_line_cut_short_is_none(tmp_path):
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "rew\xff')
     assert read_metrics(tmp_path) == [{"step": 1}]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "against"),
-    [
-        ("GRADIENT_ACCUMULATION_STEPS", "7", "optim.gradient_accumulation_steps"),
-        ("MIXED_PRECISION", "bf16", "train.mixed_precision"),
-        ("MIXED_PRECISION", "fp8", "train.mixed_precision"),
-        ("DYNAMO_BACKEND", "INDUCTOR", "compiles nothing"),
-        ("USE_FSDP", "true", "spreads a run by DDP"),
-        ("USE_DEEPSPEED", "1", "spreads a run by DDP"),
-        ("USE_CPU", "true", "model.device"),
-        ("TORCH_DEVICE", "cpu", "model.device"),
-    ],
-)
-def test_a_variable_that_changes_a_setting_is_refused(small_run, monkeypatch, name, value, against):
-    monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    config = small_run("ar", "model.device=cuda")
-    with pytest.raises(UserError, match=f"ACCELERATE_{name} = '{value}' .* against .*{against}"):
-        require_own_settings(config)
-
-
-def test_what_the_launcher_sets_by_itself_passes(small_run, monkeypatch):
-    launched = {
-        "MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_CPU": "true", "USE_FSDP": "false",
-        "GRADIENT_ACCUMULATION_STEPS": "2", "LOG_LEVEL": "info",
-    }  # fmt: skip
-    for name, value in launched.items():
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    require_own_settings(small_run("ar", "train.mixed_precision=bf16", "model.dtype=bfloat16"))
 
 
 NETRC = "machine {host} login user password {key}\n"

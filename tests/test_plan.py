@@ -4,6 +4,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -17,9 +18,20 @@ from duet.inference import pictures
 from duet.inference.adapters import add_adapter
 from duet.inference.shapes import Scale
 from duet.launch import cost, plan
+from duet.train.environment import Engine
 from duet.train.footprint import Kernel, without_values
 from duet.train.geometry import changed, geometry, nearest_geometry
-from duet.train.memory import GIB, engine_batches, peak, phases, require_fit, savings, step_of
+from duet.train.memory import (
+    GIB,
+    engine_batches,
+    peak,
+    phases,
+    require_fit,
+    savings,
+    step_of,
+    subject_of,
+    trained_of,
+)
 from duet.train.workload import Scoring, Subject, trained_parameters, update, weight_bytes
 from tests.conftest import MODEL, ROOT
 
@@ -191,6 +203,48 @@ def test_processes_have_buckets_and_their_share():
         assert other.held.get("DDP buckets") == buckets
         if one.name != "AR tokens":  # two prompts a process
             assert other.total == one.total + buckets
+
+
+def test_the_readmes_many_gpus_are_the_plans():
+    """The decoder's of eight: the others take their seconds too."""
+    [row] = re.findall(r"^\| 8 \| .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lora, full = re.findall(r"`(\w+)` \| [\d.]+ GiB \| ([\d.]+) GiB", row)
+    tuned = ["tuning=full", "model.offload=phase"]
+    for (engine, told), overrides in ((lora, []), (full, tuned)):
+        asked = load_config(REAL["decoder"], overrides)
+        config = changed(asked, nearest_geometry(asked, 8))
+        most = peak(phases(config, step_of(config, Scale(), 8), 8, engine)).total
+        assert f"{most / GIB:.1f}" == told
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_an_engine_holds_its_part_of_what_it_shards(tuning):
+    config = load_config(REAL["decoder"], [f"tuning={tuning}"])
+    step, whole = step_of(config, Scale(), 8), trained_of(config, subject_of(config, Scale())).copy
+    found = {e: phases(config, step, 8, e) for e in get_args(Engine)}
+    updates = {e: next(p for p in of if p.name == "update").held for e, of in found.items()}
+    states = {e: held["optimizer state"] for e, held in updates.items()}
+    # ZeRO's own copy of the weights is a third
+    assert states == {"ddp": 2 * whole, "zero2": 3 * whole // 8, "zero3": 3 * whole // 8, "fsdp2": 2 * whole // 8}  # fmt: skip
+    assert {e: h["gradients"] for e, h in updates.items()} == dict.fromkeys(found, whole // 8) | {"ddp": whole}  # fmt: skip
+    assert updates["zero2"]["trained weights"] == updates["ddp"]["trained weights"] == whole
+    for engine in ("zero3", "fsdp2"):
+        held, sampling = updates[engine], next(p for p in found[engine] if p.name == "latents").held
+        module = updates["ddp"]["frozen weights"] + whole - held["frozen weights"]
+        assert held["shards of the trained part"] == module // 8 and "trained weights" not in held
+        # of 30 blocks three are there at once
+        assert 3 * module / 35 < held["gathered blocks"] < 3 * module / 30
+        assert sampling["trained weights"] == whole, "gathered for sampling"
+    if tuning == "full":
+        total = {e: peak(of).total for e, of in found.items()}
+        assert total["fsdp2"] < total["zero2"] < total["ddp"]
+
+
+def test_the_plan_of_an_engine_is_asked_for_by_name(capsys):
+    plan.main([str(REAL["decoder"]), "tuning=full", "--gpus", "8", "--engine", "fsdp2"])
+    printed = capsys.readouterr().out
+    assert "peak 75.9 GiB" in printed and "\nshards of the trained part " in printed
+    assert "gathered blocks" in printed and "DDP buckets" not in printed
 
 
 def test_what_does_not_fit_is_refused_with_what_would():

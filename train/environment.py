@@ -1,7 +1,6 @@
 """What accelerate's environment asks of a training run: its engine, and settings that are refused
 where they go against the run's own."""
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,17 @@ from typing import Literal
 
 from accelerate.utils import patch_environment
 
-from duet.configs.environment import ANYTHING, OFF, ON, Rule, Rules, common_rules, require, sharding
+from duet.configs.environment import (
+    ANYTHING,
+    OFF,
+    ON,
+    Rule,
+    Rules,
+    common_rules,
+    require,
+    require_deepspeed,
+    sharding,
+)
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.configs.turns import turns
@@ -21,10 +30,7 @@ _OWN_FILE = "Duet, which writes DeepSpeed's configuration itself"
 _KEEPS = "Duet, which keeps on the GPU what is trained (model.offload is for the other parts)"
 _CHECKPOINTS = "Duet's checkpoints, which are whole and open in the stock libraries"
 _RECOMPUTES = "optim.gradient_checkpointing, which is Duet's setting for it"
-_READS = (
-    "Duet, which reads the weights itself: transformers would leave the frozen parts of the other "
-    "processes empty, or shard them too"
-)
+_READS = "Duet, which shards what is trained alone: transformers would shard the frozen parts too"
 _BY_BLOCK = "Duet, which shards by block"
 _BLOCKS = [part.block.__name__ for part in PARTS.values()]
 
@@ -55,7 +61,8 @@ _FSDP: Rules = {
     "FSDP_FORWARD_PREFETCH": Rule(OFF, "FSDP2, which has no such setting"),
     "FSDP_USE_ORIG_PARAMS": Rule(ON, "FSDP2, which always does"),
     "FSDP_SYNC_MODULE_STATES": ANYTHING,  # every process reads the same files
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": Rule(OFF, _READS),
+    # accelerate's default. Every process reads the frozen parts, as transformers does either way
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ANYTHING,
     "FSDP_STATE_DICT_TYPE": Rule((), _CHECKPOINTS),
     "FSDP_ACTIVATION_CHECKPOINTING": Rule(OFF, _RECOMPUTES),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": Rule(OFF, _RECOMPUTES),
@@ -87,6 +94,11 @@ def engine_of(environment: Mapping[str, str]) -> Engine:
     return "fsdp2" if kind == "FSDP" else f"zero{value}"
 
 
+def hybrid() -> bool:
+    """Whether FSDP2 shards within a machine alone, and machines hold copies."""
+    return os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() == "HYBRID_SHARD"
+
+
 def require_own_settings(environment: Mapping[str, str], config: RunConfig) -> None:
     """Raises UserError for a variable by which something else would run than the config says, and
     for an engine that cannot run it.
@@ -109,8 +121,8 @@ def require_own_settings(environment: Mapping[str, str], config: RunConfig) -> N
             f"train.mixed_precision = 'fp16' under {chosen}, whose loss Duet does not scale: take "
             "'bf16', or ddp"
         )
-    if chosen in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"{chosen} is DeepSpeed's, which is missing: pip install 'duet[deepspeed]'")
+    if chosen in ("zero2", "zero3"):
+        require_deepspeed(chosen)
 
 
 def _same_number(value: str, allowed: str) -> bool:

@@ -12,11 +12,13 @@ from duet.inference.model import COMPONENTS
 from duet.inference.shapes import Sizes
 from duet.rewards.sizes import reward_sizes
 from duet.train import workload
+from duet.train.environment import Engine
 from duet.train.geometry import changed, geometry
 from duet.train.workload import Scoring, Subject, Work
 
 GIB = 2**30
 RESERVE = 2 * GIB  # assumed: CUDA context, workspaces of cuBLAS and cuDNN, fragments
+_ZERO_BUCKET = 500_000_000  # gradients; DeepSpeed's reduce_bucket_size
 DECODER_PARTS = ("transformer", "vae", "text_encoder")
 
 
@@ -34,6 +36,27 @@ class Trained:
     def copy(self) -> int:
         """Bytes of all parameters once."""
         return self.parameters * self.bytes_each
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Into how many parts an engine cuts what is trained; a process holds one of each."""
+
+    state: int = 1  # the optimizer's, and gradients
+    weights: int = 1  # of the whole module
+    masters: int = 0  # copies of the weights that the engine's optimizer works on
+
+    @classmethod
+    def of(cls, engine: Engine, processes: int) -> "Parts":
+        match engine:
+            case "zero2":
+                return cls(processes, masters=1)
+            case "zero3":
+                return cls(processes, processes, masters=1)
+            case "fsdp2":
+                return cls(processes, processes)
+            case _:
+                return cls()
 
 
 @dataclass(frozen=True)
@@ -119,52 +142,75 @@ def engine_batches(groups: int, samples: int, cap: int) -> list[int]:
     return [len(b) for part in together for b in pack(range(len(part) * samples), cap)]
 
 
-def phases(config: RunConfig, step: Step, processes: int) -> list[Phase]:
+def phases(config: RunConfig, step: Step, processes: int, engine: Engine = "ddp") -> list[Phase]:
     """In their order; rewards are scored beside the sampling of the next batch."""
     subject, rewards = step.subject, (*config.rewards, *config.watch.rewards)
-    trained = trained_of(config, subject)
+    trained, parts = trained_of(config, subject), Parts.of(engine, processes)
     always = {
-        "optimizer state": trained.states * trained.copy,
-        "copies of the trained weights": trained.copies * trained.copy,
-        "DDP buckets": trained.copy if processes > 1 else 0,
+        "optimizer state": (trained.states + parts.masters) * trained.copy // parts.state,
+        "copies of the trained weights": trained.copies * trained.copy // parts.weights,
+        **_buckets(engine, trained, processes),
         "reward models": reward_sizes(rewards).bytes,
         "CUDA context, workspaces (assumed)": RESERVE,
     }
+    component = subject.part.component
+    rest = workload.weight_bytes(subject, component) - trained.replaced  # of the trained part
 
-    def phase(name: str, needed: Sequence[str], held: dict[str, int]) -> Phase:
-        present = needed if config.model.offload == "phase" else COMPONENTS
-        frozen = sum(workload.weight_bytes(subject, c) for c in present)
-        masters = 0
-        if subject.part.component in present:
-            frozen, masters = frozen - trained.replaced, trained.copy
-        weights = {"frozen weights": frozen, "trained weights": masters}
+    def phase(
+        name: str, needed: Sequence[str], held: dict[str, int], learns: bool = False
+    ) -> Phase:
+        present = set(needed if config.model.offload == "phase" else COMPONENTS)
+        if engine != "ddp":  # whose buffers hold the trained part
+            present.add(component)
+        frozen = sum(workload.weight_bytes(subject, c) for c in present - {component})
+        weights = {"frozen weights": frozen}
+        if parts.weights > 1:
+            weights["shards of the trained part"] = (rest + trained.copy) // parts.weights
+        if parts.weights > 1 and learns:  # the one that runs, the next, and a gradient
+            weights["gathered blocks"] = 3 * workload.block_bytes(subject)
+        elif component in present:  # sampling gathers all
+            weights |= {"frozen weights": frozen + rest, "trained weights": trained.copy}
         return Phase(name, {k: v for k, v in (weights | held | always).items() if v})
 
-    gradients = {"gradients": trained.copy}
-    own = (subject.part.component,)
+    gradients = {"gradients": trained.copy // parts.state}
+    own = (component,)
     backward, forward = step.update.held, step.rescore.held
     return [
         phase("AR tokens", ("vision_language_encoder",), step.tokens.held),
         phase("latents", DECODER_PARTS, step.latents.held),
         phase("pixels", DECODER_PARTS, {"VAE decode": step.pixels.held["working set"]}),
         phase("rewards", DECODER_PARTS, {}),
-        phase("old log-probs", own, forward),
-        phase("update", own, gradients | backward),
+        phase("old log-probs", own, forward, learns=True),
+        phase("update", own, gradients | backward, learns=True),
         # AdamW works on all parameters at once, with one more copy of them
-        phase("optimizer step", own, gradients | {"working set": trained.copy}),
+        phase(
+            "optimizer step", own, gradients | {"working set": trained.copy // parts.state}, True
+        ),
     ]
+
+
+def _buckets(engine: Engine, trained: Trained, processes: int) -> dict[str, int]:
+    """What gradients are sent in; FSDP2 sends them block by block."""
+    if processes == 1 or engine == "fsdp2":
+        return {}
+    if engine == "ddp":
+        return {"DDP buckets": trained.copy}
+    return {"ZeRO's bucket": min(trained.copy, _ZERO_BUCKET * trained.bytes_each)}
 
 
 def peak(found: Sequence[Phase]) -> Phase:
     return max(found, key=lambda phase: phase.total)
 
 
-def savings(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> dict | None:
+def savings(
+    config: RunConfig, sizes: Sizes, processes: int, memory: int, engine: Engine = "ddp"
+) -> dict | None:
     """The settings that make it fit, the cheapest first; None: no setting does."""
 
     def fits(applied: Sequence[dict[str, Any]]) -> bool:
         now = changed(config, dict(ChainMap(*reversed(applied))))
-        return peak(phases(now, step_of(now, sizes, processes), processes)).total <= memory
+        step = step_of(now, sizes, processes)
+        return peak(phases(now, step, processes, engine)).total <= memory
 
     applied: list[dict[str, Any]] = []
     for saving in _savings(config):
@@ -192,14 +238,17 @@ def _savings(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"rollout.batch_size": size}
 
 
-def require_fit(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> None:
+def require_fit(
+    config: RunConfig, sizes: Sizes, processes: int, memory: int, engine: Engine = "ddp"
+) -> None:
     """Raises UserError where a step needs more than the device's `memory` in bytes."""
-    worst = peak(phases(config, step_of(config, sizes, processes), processes))
+    worst = peak(phases(config, step_of(config, sizes, processes), processes, engine))
     if worst.total <= memory:
         return
     largest = max(worst.held, key=worst.held.get)
     raise UserError(
         f"the GPU has {memory / GIB:.1f} GiB and the phase {worst.name!r} needs "
         f"{worst.total / GIB:.1f} GiB, {worst.held[largest] / GIB:.1f} of them {largest}: "
-        f"`duet plan CONFIG --memory-gib {memory / GIB:.0f}` tells which settings fit"
+        f"`duet plan CONFIG --gpus {processes} --engine {engine} --memory-gib "
+        f"{memory / GIB:.0f}` tells which settings fit"
     )

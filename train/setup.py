@@ -22,7 +22,7 @@ from duet.inference.parts import AR, DECODER
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
-from duet.train.environment import processes_alone, require_own_settings
+from duet.train.environment import engine, processes_alone, require_own_settings
 from duet.train.geometry import geometry
 from duet.train.memory import require_fit
 from duet.train.policy import Policy
@@ -62,7 +62,7 @@ def prepare(config: RunConfig) -> Training:
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
         for part in parts.values():
-            require_fit(part, model_folder(config.model.path), processes, memory)
+            require_fit(part, model_folder(config.model.path), processes, memory, engine())
     outline = read_outline(config.model.path)
     size = Size.of(config.sampling)
     for each in (rows, held_out):
@@ -99,10 +99,9 @@ def prepare(config: RunConfig) -> Training:
     if start.checkpoint:
         load_checkpoint(policies, start.checkpoint)
     first = next(iter(runs.values()))  # what is judged is what trains
-    engine = first.stage.engine
-    gate.check_schedule(engine, size)
+    gate.check_schedule(first.stage.engine, size)
     with first.sampling():
-        gate.check_reference(engine, rows[0].prompt, size, config.arithmetic.precision)
+        gate.check_reference(first.stage.engine, rows[0].prompt, size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training
@@ -137,10 +136,10 @@ def _pipeline(
 def _policy(
     config: RunConfig, stage: Stage, accelerator: Accelerator, start: Start, updates: int
 ) -> Policy:
-    part, engine = stage.part, stage.engine
+    part, sampler = stage.part, stage.engine
     tuning = tuning_of(config, start.inputs.model[part.component])
-    module = part.module(engine.pipeline)
-    engine.placement.bring(part.component)
+    module = part.module(sampler.pipeline)
+    sampler.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, part.block)
     return Policy(accelerator, module, tuning, config.optim, updates, config.average)

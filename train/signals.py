@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP, heeded where a run may end."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1, heeded where a run may end."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# of users, terminals, and of schedulers that want their machine back (SLURM, --signal=USR1)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _TOLD = "duet: {}: the run ends at the next safe place; a second signal ends it at once"
 _SAME_SECONDS = 2.0  # a launcher passes on what its terminal has sent to all already
 

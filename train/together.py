@@ -25,12 +25,16 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
         yield
     except BaseException as error:  # a signal and `sys.exit` too; raised again below
         mine = error
-    told = gather_object([None if mine is None else str(mine) or type(mine).__name__])
+    own = None
+    if mine is not None:  # a signal's status is that of all
+        own = (str(mine) or type(mine).__name__, getattr(mine, "status", 2))
+    told = gather_object([own])
     if mine is not None:
         raise mine
-    for rank, text in enumerate(told):
-        if text is not None:
-            raise UserError(f"process {rank} ended: {text}")
+    for rank, ended in enumerate(told):
+        if ended is not None:
+            text, status = ended
+            raise UserError(f"process {rank} ended: {text}", status)
 
 
 def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -131,6 +131,17 @@ def weight_bytes(subject: Subject, component: str) -> int:
 
 
 @cache
+def block_bytes(subject: Subject) -> int:
+    """Of one repeated layer of the trained part, as it is trained."""
+    component = subject.part.component
+    few, more = (
+        sum(p.nbytes for p in replace(subject, layers=n).build(component).parameters())
+        for n in (FEW, FEW + 1)
+    )
+    return more - few
+
+
+@cache
 def idle_bytes(subject: Subject) -> int:
     """Of what full tuning leaves of the trained part, in float32."""
     module = subject.build(subject.part.component)
