@@ -112,12 +112,16 @@ def build_part(component: str, sizes: Sizes, dtype: torch.dtype, layers: int | N
     `component`: the name that `GlmImagePipeline` gives it; `layers`: of the AR or the DiT, None:
     its own. Raises UserError where a folder does not tell.
     """
-    builders = (_of_folder if isinstance(sizes, Path) else _of_scale)(sizes, layers)
     try:
         with torch.device("meta"), default_dtype(dtype):
-            return builders[component]().requires_grad_(False).eval()
+            return builders(sizes, layers)[component]().requires_grad_(False).eval()
     except OSError as error:
         raise UserError(f"{component} of {str(sizes)!r}: {first_line(error)}") from error
+
+
+def builders(sizes: Sizes, layers: int | None = None) -> dict[str, Callable[[], Module]]:
+    """What makes each part, with weights drawn at random, wherever torch is told to."""
+    return _of_folder(sizes, layers) if isinstance(sizes, Path) else _of_scale(sizes, layers)
 
 
 def _of_scale(scale: Scale, layers: int | None) -> dict[str, Callable[[], Module]]:

@@ -70,7 +70,8 @@ def load_weights(pipeline: GlmImagePipeline, checkpoint: str | Path) -> Provenan
     module = info.part.module(pipeline)
     if getattr(module, "peft_config", None):
         raise UserError(f"weights {str(checkpoint)!r}: the {info.stage} has an adapter already")
-    _fill(module.float(), checkpoint, Plain())  # which it is trained in: stock does as it is told
+    # the dtype that it is trained in: stock loads it in the one that it is told
+    fill_weights(module.float(), checkpoint, Plain())
     module.requires_grad_(False).eval()
     return info
 
@@ -81,10 +82,14 @@ def restore_weights(module: Module, checkpoint: str | Path, into: Filling = Plai
     Raises UserError as `load_weights`, but asks nothing of the base.
     """
     check_weights(checkpoint)
-    _fill(module, checkpoint, into)
+    fill_weights(module, checkpoint, into)
 
 
-def _fill(module: Module, checkpoint: str | Path, into: Filling) -> None:
+def fill_weights(module: Module, checkpoint: str | Path, into: Filling) -> None:
+    """Of any folder with all of a module's weights, a model's own too; one tensor at a time.
+
+    Raises UserError where the names or shapes are not the module's.
+    """
     own = module.state_dict(keep_vars=True)
     with ExitStack() as files:
         saved = _tensors(weights_folder(checkpoint), files)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, init_empty_weights
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -27,12 +28,20 @@ class FullySharded(Sharding):
 
     in_step, movable = True, False
 
+    @classmethod
+    def container(cls, device: torch.device) -> AbstractContextManager[None]:
+        return init_empty_weights(include_buffers=False)
+
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
-        super().__init__(accelerator, module.to(accelerator.device), block)
-        mesh = _mesh(accelerator)
+        super().__init__(accelerator, module, block)
+        mesh, empty = _mesh(accelerator), any(p.is_meta for p in module.parameters())
+        if not empty:
+            module.to(accelerator.device)
         for layer in [m for m in module.modules() if isinstance(m, block)]:
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
+        if empty:
+            _make_room(module, accelerator.device)
         # torch wants the outermost to run first, and sampling runs inner ones alone
         module.begin = lambda: None
         register_fsdp_forward_method(module, "begin")
@@ -101,6 +110,14 @@ class FullySharded(Sharding):
         return [m.to_local() if isinstance(m, DTensor) else m for m in super().moments()]
 
 
+def _make_room(module: Module, device: torch.device) -> None:
+    """For this process's parts; buffers keep what they hold."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to_empty(device=device)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
+
+
 def _mesh(accelerator: Accelerator) -> DeviceMesh:
     kind, processes = accelerator.device.type, accelerator.num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -111,8 +128,8 @@ def _mesh(accelerator: Accelerator) -> DeviceMesh:
 
 def _part_of(value: Tensor, parameter: DTensor) -> DTensor:
     """Every process has the whole `value`; none is sent."""
-    mesh, own = parameter.device_mesh, value.to(parameter.device, parameter.dtype)
-    return distribute_tensor(own, mesh, parameter.placements, src_data_rank=None)
+    mesh = parameter.device_mesh
+    return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
 
 
 def _gather(value: Any) -> Any:

@@ -21,6 +21,12 @@ class Sharding:
     in_step = False  # whether processes must run equal numbers of forwards
     movable = True  # whether the module may wait on the CPU
 
+    @classmethod
+    def container(cls, device: torch.device) -> AbstractContextManager[None] | None:
+        """Where a module is built that has no weights yet, so that no process holds all of them;
+        None where each does."""
+        return None
+
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
         """`block`: the module's repeated layer."""
         self.accelerator, self.inner = accelerator, module

@@ -3,9 +3,12 @@
 Rajbhandari et al., arXiv 1910.02054.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,15 +32,11 @@ class Zero2(Sharding):
 
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
         super().__init__(accelerator, module.to(accelerator.device), block)
-        if accelerator.device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read at the first import
 
     def prepare(self, optimizer: Optimizer, scheduler: LRScheduler, max_norm: float) -> None:
-        import deepspeed  # an extra, and slow
-
         self._params, self._groups = self.trained, optimizer.state_dict()["param_groups"]
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.module, *_ = deepspeed.initialize(
+        self.module, *_ = _deepspeed(self.accelerator.device).initialize(
             model=self.inner,
             optimizer=optimizer,
             config=self._config(max_norm),
@@ -125,6 +124,11 @@ class Zero3(Zero2):
 
     stage, in_step = 3, True
 
+    @classmethod
+    def container(cls, device: torch.device) -> AbstractContextManager[None]:
+        init = _deepspeed(device).zero.Init
+        return init(dtype=torch.float32, mem_efficient_linear=False)
+
     def _config(self, max_norm: float) -> dict[str, Any]:
         config = super()._config(max_norm)
         config["zero_optimization"] |= {
@@ -137,11 +141,11 @@ class Zero3(Zero2):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        import deepspeed
+        from deepspeed.zero import GatheredParameters
 
         hooks = self.module.optimizer.parameter_offload
         self.settle()
-        with deepspeed.zero.GatheredParameters(list(self.inner.parameters())):
+        with GatheredParameters(list(self.inner.parameters())):
             hooks._remove_module_hooks()  # they would part each layer again after its forward
             hooks.forward_hooks, hooks.backward_hooks = [], []
             try:
@@ -186,7 +190,16 @@ class Zero3(Zero2):
 
 
 def _whole(parameter: Parameter) -> Tensor:
-    import deepspeed
+    from deepspeed.zero import GatheredParameters
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def _deepspeed(device: torch.device) -> ModuleType:
+    """An extra, slow to import, that picks its device at the import and talks a lot."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = import_module("deepspeed")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
