@@ -9,6 +9,7 @@ steps of AdamW, uninterrupted and resumed in between, and what was measured.
 import argparse
 import gc
 import json
+import shutil
 import time
 from pathlib import Path
 from unittest import mock
@@ -20,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch.optim import SGD, Optimizer
 
+from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.train.advantages import group_advantages
 from duet.train.checkpoint import save_checkpoint
@@ -28,6 +30,7 @@ from duet.train.environment import engine
 from duet.train.learn import learn
 from duet.train.run import Training
 from duet.train.setup import prepare
+from duet.train.state import load_state
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 CASES = ("decoder-lora", "decoder-full", "ar-lora", "ar-full")
@@ -74,7 +77,7 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
     held = sum(value.numel() for value in policy.held)
     seconds = [_step(whole, step) for step in range(2)]
     moments = sum(moment.numel() for moment in policy.sharding.moments())
-    skipped = _skips(whole)
+    skipped, refused = _skips(whole), _refuses(whole, folder)
     del policy, whole
     resume = f"train.resume={folder / 'adam' / 'checkpoint-1'}"
     _step(_prepare(case, folder / "resumed", 2 * _SAMPLES, resume), 1)
@@ -85,6 +88,7 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
         "weights": held,
         "moments": moments,
         "skipped": skipped,
+        "refused": refused,
         "seconds": seconds[1],
     }
 
@@ -100,6 +104,31 @@ def _skips(training: Training) -> bool:
     learn(run, collected.rollouts, gains, first=False)
     same = all(map(torch.equal, before, policy.held)) and policy.skipped_in_a_row == 1
     return all(gather_object([same]))
+
+
+class _Hostile:
+    """Pickled, it makes a file when it is read by what runs code."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+def _refuses(training: Training, folder: Path) -> bool:
+    """An optimizer's file that would run code: is it refused, and did it run none?"""
+    run = training.at(0)
+    own = folder / f"hostile-{run.accelerator.process_index}"
+    shutil.copytree(folder / "adam" / "checkpoint-2", own)
+    torch.save(_Hostile(own / "ran"), own / "state" / "optimizer.bin")
+    try:
+        load_state(run.accelerator, [run.policy.sharding], own)
+    except UserError as error:
+        refused = "damaged" in str(error) and not (own / "ran").exists()
+    else:
+        refused = False
+    return all(gather_object([refused]))
 
 
 def _sgd(parameters: list[torch.Tensor], lr: float, **rest: object) -> Optimizer:

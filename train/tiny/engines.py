@@ -47,30 +47,32 @@ class Line:
     moments: float  # of Adam's first moments after a step, in the largest
     resumed: bool  # to the bit
     skipped: bool  # an update whose loss was not finite on one process
+    refused: bool  # a file of the checkpoint that would run code
     held: float  # trained weights that a process holds
-    held_moments: float
+    moments_held: float
     seconds: float
 
     @property
     def sound(self) -> bool:
         allowed = WEIGHTS_ALLOWED[self.case.split("-")[0]]
         equal = self.weights <= allowed and self.moments <= MOMENTS_ALLOWED
-        return equal and self.resumed and self.skipped
+        return equal and self.resumed and self.skipped and self.refused
 
     def __str__(self) -> str:
         stage, tuning = self.case.split("-")
-        resumed, skipped = ("yes" if held else "NO" for held in (self.resumed, self.skipped))
+        held = (self.resumed, self.skipped, self.refused)
+        resumed, skipped, refused = ("yes" if true else "NO" for true in held)
         return (
             f"| {self.engine} | {stage} | {tuning} | {self.processes} | {self.weights:.1e} | "
-            f"{self.moments:.1e} | {resumed} | {skipped} | {self.held:.0%} | "
-            f"{self.held_moments:.0%} | "
+            f"{self.moments:.1e} | {resumed} | {skipped} | {refused} | {self.held:.0%} | "
+            f"{self.moments_held:.0%} | "
             f"{self.seconds:.1f} |"
         )
 
 
 HEAD = (
-    "| engine | stage | tuning | processes | weights | moments | resumed | skipped | held | "
-    "moments held | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| engine | stage | tuning | processes | weights | moments | resumed | skipped | refused | "
+    "held | moments held | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -109,6 +111,7 @@ def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:
         _distance(_weights(whole), _weights(resumed)) == 0
         and _distance(_moments(whole), _moments(resumed)) == 0,
         told["skipped"],
+        told["refused"],
         told["weights"] / one["weights"],
         told["moments"] / one["moments"],
         told["seconds"],
