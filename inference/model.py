@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from duet.configs.errors import UserError, first_line
 from duet.configs.hub import is_hub_id
+from duet.configs.launcher import is_first_here
 from duet.inference.fingerprint import fingerprint
 
 COMPONENTS = ("vision_language_encoder", "transformer", "vae", "text_encoder")  # with weights
@@ -110,6 +111,7 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(_says_something)
 
 
 def _library_bars(shown: bool) -> None:
+    shown = shown and is_first_here()
     for library in (transformers_logging, diffusers_logging):
         (library.enable_progress_bar if shown else library.disable_progress_bar)()
 

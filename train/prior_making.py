@@ -18,13 +18,13 @@ from duet.inference.model import COMPONENTS, base_fingerprint, load_pipeline
 from duet.inference.outline import read_outline
 from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
+from duet.inference.together import from_main, together
 from duet.train.checkpoint import sync_tree
 from duet.train.lock import alone
 from duet.train.prior_cache import ROWS, PriorCache, check_cache, require_same
 from duet.train.prior_stamp import Stamp, make_stamp
 from duet.train.prior_tokens import make_priors, require_references
 from duet.train.prompts import fixed_seeds
-from duet.train.together import from_main, together
 
 
 @alone("rollout.prior_cache")
