@@ -27,7 +27,10 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device = 'cuda', but no GPU is visible: use 'auto' or 'cpu'")
-    return torch.device(name)
+    device = torch.device(name)
+    # several processes' "cpu:0" is no other place, but torch copies to it, and copied weights are
+    # aligned otherwise in memory, which rounds otherwise
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def model_folder(path: str) -> Path:

@@ -2,8 +2,8 @@
 
 import gc
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
@@ -50,25 +50,14 @@ def evaluate(
             rows, named = _checked(config, models, average, state.is_local_main_process)
         entries = [*named, RESULTS]
         from_main(state, lambda: require_free("--output", output, [*entries, PAGE, STRIP]))
-        with locked_for_all(state, "--output", output), ExitStack() as held:
+        with locked_for_all(state, "--output", output):
             with together(state):
-                rewards = load_rewards((*trained_rewards(config), *config.eval.rewards))
-                judges = Judges(rewards, Resting(rewards.items(), config.model.offload))
-                judges.resting.rest()
-
-            def begin() -> Path:
-                folder = held.enter_context(staged("--output", output, entries))
-                for name in named:
-                    make_folder("--output", folder / name)
-                return folder
-
-            folder = from_main(state, begin)
-            with together(state):
-                _require_shared(output, folder)
-            found = _measure_models(config, rows, judges, named, folder, state)
-            prompts = [row.prompt for row in rows]
-            results = Results("+".join(turns(config)), config.eval.confidence, prompts, found)
-            from_main(state, lambda: write_results(results, folder))
+                judges = _judges(config)
+            with _staged_for_all(state, output, entries, named) as folder:
+                found = _measure_models(config, rows, judges, named, folder, state)
+                prompts = [row.prompt for row in rows]
+                results = Results("+".join(turns(config)), config.eval.confidence, prompts, found)
+                from_main(state, lambda: write_results(results, folder))
     return results
 
 
@@ -80,15 +69,6 @@ def _checked(
     adapters = [(), *(tuple(_check_checkpoints(config, model, average)) for model in models)]
     check_prompts(read_outline(config.model.path), rows, Size.of(config.sampling), show)
     return rows, dict(zip([BASE, *labels(models)], adapters, strict=True))
-
-
-def _require_shared(output: Path, folder: Path) -> None:
-    """Raises UserError on a machine that does not see what the main process has made."""
-    if not folder.is_dir():
-        raise UserError(
-            f"--output = {str(output)!r} is another folder on {socket.gethostname()} than on the "
-            "main process's machine: name one that all machines share"
-        )
 
 
 def _check_checkpoints(
@@ -106,6 +86,39 @@ def _check_checkpoints(
                 "policy than the trained one is measured"
             )
     return infos
+
+
+def _judges(config: RunConfig) -> Judges:
+    rewards = load_rewards((*trained_rewards(config), *config.eval.rewards))
+    judges = Judges(rewards, Resting(rewards.items(), config.model.offload))
+    judges.resting.rest()
+    return judges
+
+
+@contextmanager
+def _staged_for_all(
+    state: PartialState, output: Path, entries: Sequence[str], models: Iterable[str]
+) -> Iterator[Path]:
+    """`staged` by the main process, with a folder a model.
+
+    Raises UserError, on all, where one does not see what the main process has made.
+    """
+    with ExitStack() as held:
+
+        def begin() -> Path:
+            folder = held.enter_context(staged("--output", output, entries))
+            for name in models:
+                make_folder("--output", folder / name)
+            return folder
+
+        folder = from_main(state, begin)
+        with together(state):
+            if not folder.is_dir():
+                raise UserError(
+                    f"--output = {str(output)!r} is another folder on {socket.gethostname()} than "
+                    "on the main process's machine: name one that all machines share"
+                )
+        yield folder
 
 
 def _measure_models(
