@@ -101,13 +101,19 @@ class Engine:
             for request, prior, own, made in zip(requests, priors, tokens, decoded, strict=True)
         ]
 
-    def in_parts(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Rollout]]]:
+    def in_parts(
+        self, requests: Sequence[Request], rank: int = 0, of: int = 1
+    ) -> Iterator[list[tuple[int, Rollout]]]:
         """Rollouts as they are made, each with its request's place: what memory holds of any
         number of requests is a part, whole requests of about `batch_size` samples.
+
+        The parts are dealt to `of` processes, and are the same for any number of them: so is a
+        picture, whichever process makes it.
         """
-        total = sum(map(len, requests))
+        parts = pack(requests, self.batch_size, weight=len)[rank::of]
+        total = sum(len(requests[i]) for part in parts for i in part)
         with self._bar(total, "pictures") as bar:
-            for part in pack(requests, self.batch_size, weight=len):
+            for part in parts:
                 # unnamed, or it would be held while the next part is made
                 yield list(zip(part, self.rollout([requests[i] for i in part]), strict=True))
                 bar.update(sum(len(requests[i]) for i in part))

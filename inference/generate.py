@@ -4,25 +4,25 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 
 from tqdm import tqdm
 
 from duet.configs.environment import require_shared_work
 from duet.configs.errors import UserError, exit_on_user_error, not_empty
-from duet.configs.outputs import make_folder, write_new
+from duet.configs.launcher import is_first_here
+from duet.configs.outputs import make_folder
 from duet.configs.row import Row, check_row
 from duet.configs.rows import load_rows
 from duet.configs.schema import Arithmetic, SamplingConfig
-from duet.inference.batching import pack
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="duet generate",
         description=__doc__,
-        epilog="Unset numbers are what stock generation takes for the checkpoint.",
+        epilog="Unset numbers are what stock generation takes for the checkpoint. Several "
+        "processes share the pictures: accelerate launch -m duet.inference.generate ...",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")
@@ -56,11 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         check_row(row)
     if options.prompts:
-        rows += load_rows(options.prompts, show=True)
+        rows += load_rows(options.prompts, show=is_first_here())
     if not rows:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE.jsonl")
     for path in generate(options, rows):
-        tqdm.write(str(path))  # not into a bar
+        tqdm.write(f"{path}\n", end="")  # not into a bar, nor into another process's line
         sys.stdout.flush()
 
 
@@ -82,7 +82,7 @@ _SETTINGS = (
 
 
 def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]:
-    """Write one PNG a picture as it is made, yielding its path; no file is ever replaced.
+    """Write one PNG a picture, yielding the paths as they are made; no file is ever replaced.
 
     Raises UserError, before weights are read, for options, adapters, prompts and folders that
     are wrong.
@@ -92,14 +92,10 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     SamplingConfig(**given)  # raises for what is out of range
     # torch loads slowly: after the options are known good
     from duet.inference.adapter_set import joined_adapters
-    from duet.inference.engine import Engine, autocast_dtype
+    from duet.inference.drawing import Drawing, draw
     from duet.inference.layout import Size
-    from duet.inference.model import load_pipeline
     from duet.inference.outline import read_outline
-    from duet.inference.pictures import to_png
     from duet.inference.prompt_check import check_prompts
-    from duet.inference.request import Request
-    from duet.inference.trained import load_trained
 
     adapters = joined_adapters("--adapter", options.adapter, options.model, options.average)
     trained = {adapter: info.arithmetic for adapter, info in adapters.items()}
@@ -107,32 +103,15 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     require_shared_work(os.environ, "generate", arithmetic.mixed_precision)
     outline = read_outline(options.model)
     sampling = SamplingConfig(**outline.defaults | given)
-    size = Size.of(sampling)
-    check_prompts(outline, rows, size)
+    check_prompts(outline, rows, Size.of(sampling), is_first_here())
     folder = Path(options.output)
     make_folder("--output", folder)
-    pipeline = load_pipeline(options.model, arithmetic.dtype)
-    told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
-    print(f"{told}, {arithmetic.precision}", file=sys.stderr)
-    for adapter in adapters:
-        load_trained(pipeline, adapter)
-    engine = Engine(
-        pipeline,
-        sampling,
-        batch_size=options.batch_size,
-        autocast=autocast_dtype(arithmetic),
-    )
+    if is_first_here():
+        told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
+        print(f"{told}, {arithmetic.precision}", file=sys.stderr)
     seeds = range(options.seed, options.seed + options.num_images)
-    # a prompt with more pictures than a batch holds is asked for by shares
-    shares = [tuple(seeds[i] for i in share) for share in pack(seeds, options.batch_size)]
-    asked = [
-        (n, Request(row.prompt, share, size)) for n, row in enumerate(rows) for share in shares
-    ]
-    for part in engine.in_parts([request for _, request in asked]):
-        for place, rollout in part:
-            number, request = asked[place]
-            for seed, image in zip(request.seeds, rollout.images, strict=True):
-                yield _write(to_png(image), folder, f"{number:03d}-seed{seed}")
+    drawing = Drawing(options.model, list(adapters), sampling, arithmetic, options.batch_size)
+    yield from draw(drawing, [row.prompt for row in rows], seeds, folder)
 
 
 def _check_counts(options: argparse.Namespace, prompts: int) -> None:
@@ -162,17 +141,6 @@ def choose_arithmetic(dtype: str | None, trained: Mapping[str, Arithmetic]) -> A
         )
         raise UserError(f"--adapter: trained were {told}: give --dtype")
     return next(iter(trained.values()), Arithmetic())
-
-
-def _write(content: bytes, folder: Path, stem: str) -> Path:
-    """Under the first name that is free, whoever else writes there."""
-    for copy in count():
-        path = folder / (f"{stem}-{copy}.png" if copy else f"{stem}.png")
-        try:
-            write_new(path, content)
-        except FileExistsError:
-            continue
-        return path
 
 
 if __name__ == "__main__":

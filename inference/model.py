@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from duet.configs.errors import UserError, first_line
 from duet.configs.hub import is_hub_id
+from duet.configs.launcher import is_first_here
 from duet.inference.fingerprint import fingerprint
 
 COMPONENTS = ("vision_language_encoder", "transformer", "vae", "text_encoder")  # with weights
@@ -26,7 +27,10 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device = 'cuda', but no GPU is visible: use 'auto' or 'cpu'")
-    return torch.device(name)
+    device = torch.device(name)
+    # several processes' "cpu:0" is no other place, but torch copies to it, and copied weights are
+    # aligned otherwise in memory, which rounds otherwise
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def model_folder(path: str) -> Path:
@@ -110,6 +114,7 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(_says_something)
 
 
 def _library_bars(shown: bool) -> None:
+    shown = shown and is_first_here()
     for library in (transformers_logging, diffusers_logging):
         (library.enable_progress_bar if shown else library.disable_progress_bar)()
 

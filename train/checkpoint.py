@@ -18,9 +18,9 @@ from duet.configs.digests import SUMS, Damaged, check_digests, write_digests
 from duet.configs.errors import UserError
 from duet.configs.load import build
 from duet.configs.schema import RunConfig
+from duet.inference.together import from_main, together
 from duet.train.policy import Policy
 from duet.train.state import load_state, save_state
-from duet.train.together import from_main, together
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _POSITION = "trainer_state.json"

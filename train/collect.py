@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from duet.inference.rollout import Rollout
+from duet.inference.together import gather_rows, together
 from duet.train.prompts import draw_groups, shard
 from duet.train.run import Run
 from duet.train.scoring import Sampled, Scores, sample_and_score
-from duet.train.together import gather_rows, together
 
 
 @dataclass(frozen=True)

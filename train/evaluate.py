@@ -10,7 +10,12 @@ from duet.configs.load import load_config
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="duet evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="duet evaluate",
+        description=__doc__,
+        epilog="Several processes share the pictures: accelerate launch -m duet.train.evaluate "
+        "CONFIG ...",
+    )
     parser.add_argument("config", help="YAML of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument(
@@ -30,13 +35,17 @@ def main(arguments: list[str] | None = None) -> None:
     mixed, device = config.train.mixed_precision, config.model.device
     require_shared_work(os.environ, "evaluate", mixed, device)
     output = Path(options.output or Path(config.output_dir) / "evaluation")
-    from duet.train.evaluation import evaluate  # torch loads slowly
+    from accelerate import PartialState  # torch loads slowly
+
+    from duet.train.evaluation import evaluate
     from duet.train.report import write_report, write_strip
     from duet.train.results import text_table
 
     models = [tuple(c.split(",")) for c in options.checkpoint]
     # which stands, whatever becomes of the page
     results = evaluate(config, models, output, options.average)
+    if not PartialState().is_main_process:
+        return
     print(text_table(results), flush=True)
     write_strip(results, output)
     print(f"report: {write_report(results, output)}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet.inference.rollout import Rollout
+from duet.inference.together import together
 from duet.train import gate
 from duet.train.run import Run
-from duet.train.together import together
 from duet.train.update import rescore, update
 
 

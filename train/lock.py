@@ -15,8 +15,8 @@ from duet.configs.errors import UserError, tell
 from duet.configs.outputs import make_folder
 from duet.configs.schema import RunConfig
 from duet.inference.model import pick_device
+from duet.inference.together import together
 from duet.train.environment import processes_alone
-from duet.train.together import together
 
 Work = Callable[[RunConfig], Path]
 _LOCK = ".lock"
@@ -55,9 +55,19 @@ def locked(name: str, folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def locked_for_all(state: PartialState, name: str, folder: Path) -> Iterator[None]:
+    """`locked` by the main one of several processes: all end where it cannot."""
+    with ExitStack() as held:
+        with together(state):
+            if state.is_main_process:
+                held.enter_context(locked(name, folder))
+        yield
+
+
 def alone(name: str) -> Callable[[Work], Work]:
     """For work that writes to the folder which the setting `name` tells: while it runs, no other
-    does. Of several processes the main one locks, and all end where it cannot.
+    does.
     """
 
     def decorate(work: Work) -> Work:
@@ -65,10 +75,7 @@ def alone(name: str) -> Callable[[Work], Work]:
         def run(config: RunConfig) -> Path:
             with processes_alone():
                 state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
-            with ExitStack() as held:
-                with together(state):
-                    if state.is_main_process:
-                        held.enter_context(locked(name, Path(attrgetter(name)(config))))
+            with locked_for_all(state, name, Path(attrgetter(name)(config))):
                 return work(config)
 
         return run

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from duet.configs.errors import UserError
 from duet.configs.schema import AverageConfig, OptimConfig
 from duet.inference.adapters import adapter_disabled
+from duet.inference.together import together
 from duet.inference.trained import AVERAGE
 from duet.train.average import Average
 from duet.train.dropout import lora_dropout
@@ -23,7 +24,6 @@ from duet.train.engines import sharding_of
 from duet.train.environment import engine
 from duet.train.schedule import make_schedule
 from duet.train.swap import copies, swapped
-from duet.train.together import together
 from duet.train.tuning import Tuning
 
 

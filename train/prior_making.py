@@ -1,6 +1,6 @@
 """Filling a cache of prior tokens, part by part, on one process or several."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -17,41 +17,56 @@ from duet.inference.layout import Size
 from duet.inference.model import COMPONENTS, base_fingerprint, load_pipeline
 from duet.inference.outline import read_outline
 from duet.inference.parts import AR
+from duet.inference.processes import sharing
 from duet.inference.prompt_check import check_prompts
+from duet.inference.together import from_main, in_rounds, together
 from duet.train.checkpoint import sync_tree
-from duet.train.lock import alone
+from duet.train.environment import require_own_settings
+from duet.train.lock import locked_for_all
 from duet.train.prior_cache import ROWS, PriorCache, check_cache, require_same
 from duet.train.prior_stamp import Stamp, make_stamp
 from duet.train.prior_tokens import make_priors, require_references
 from duet.train.prompts import fixed_seeds
-from duet.train.together import from_main, together
 
 
-@alone("rollout.prior_cache")
 def fill_cache(config: RunConfig) -> Path:
     """The finished cache's folder: priors of every training row, for the seeds that its groups
     have in the first epochs. What is there already is not made again.
 
     Raises UserError where another cache stands.
     """
-    state, cache = PartialState(), PriorCache.of(config)
-    rows = rows_of(config, "train", state.is_local_main_process)
-    require_references(config, rows)
-    size = Size.of(config.sampling)
-    check_prompts(read_outline(config.model.path), rows, size, state.is_local_main_process)
-    stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
+    require_own_settings(config)
+    name, folder = "rollout.prior_cache", Path(config.rollout.prior_cache)
+    with (
+        sharing(config.model.device, config.train.mixed_precision) as state,
+        locked_for_all(state, name, folder),
+    ):
+        return _filled(config, state)
+
+
+def _filled(config: RunConfig, state: PartialState) -> Path:
+    show, cache = state.is_local_main_process, PriorCache.of(config)
+    with together(state):
+        rows = rows_of(config, "train", show)
+        require_references(config, rows)
+        check_prompts(read_outline(config.model.path), rows, Size.of(config.sampling), show)
+        stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
     if from_main(state, lambda: _stands(config, cache, stamp, rows)):
-        tell("the prior tokens are there already")
+        if state.is_main_process:
+            tell("the prior tokens are there already")
         return cache.folder
     partial = PriorCache(cache.folder.with_name(f".{cache.folder.name}.partial"))
     parts = from_main(state, lambda: _begin(config, partial, stamp, rows))
-    with together(state):
-        _make(config, partial, rows, parts[state.process_index :: state.num_processes], state)
-    if state.is_main_process:
+    own = parts[state.process_index :: state.num_processes]
+    for _ in in_rounds(state, _make(config, partial, rows, own, state)):
+        pass
+
+    def finish() -> None:
         write_digests(partial.folder)
         sync_tree(partial.folder)
         partial.folder.rename(cache.folder)
-    state.wait_for_everyone()
+
+    from_main(state, finish)
     return cache.folder
 
 
@@ -86,8 +101,13 @@ def _holds(cache: PriorCache, part: int, rows: Sequence[Row]) -> bool:
 
 
 def _make(
-    config: RunConfig, cache: PriorCache, rows: Sequence[Row], parts: Sequence[int], state
-) -> None:
+    config: RunConfig,
+    cache: PriorCache,
+    rows: Sequence[Row],
+    parts: Sequence[int],
+    state: PartialState,
+) -> Iterator[int]:
+    """Each part when it is written."""
     if not parts:
         return
     model, rollout, show = config.model, config.rollout, state.is_local_main_process
@@ -97,6 +117,8 @@ def _make(
     engine = Engine.of(pipeline, config, show)
     epochs = [fixed_seeds(len(rows), config.seed, e) for e in range(rollout.priors_per_prompt)]
     seeds = list(zip(*epochs, strict=True))  # by the row, then by the epoch
-    for part in tqdm(parts, "priors", disable=not show):
-        its = slice(part * ROWS, (part + 1) * ROWS)
-        cache.write(part, make_priors(engine, size, rollout.priors, rows[its], seeds[its]))
+    with tqdm(parts, "priors", disable=None if show else True) as bar:
+        for part in bar:
+            its = slice(part * ROWS, (part + 1) * ROWS)
+            cache.write(part, make_priors(engine, size, rollout.priors, rows[its], seeds[its]))
+            yield part

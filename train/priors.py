@@ -24,9 +24,13 @@ def main(arguments: list[str] | None = None) -> None:
     mixed, device = config.train.mixed_precision, config.model.device
     require_shared_work(os.environ, "priors", mixed, device)
     _require_cache(config)
-    from duet.train.prior_making import fill_cache  # torch loads slowly
+    from accelerate import PartialState  # torch loads slowly
 
-    print(f"prior tokens: {fill_cache(config)}")
+    from duet.train.prior_making import fill_cache
+
+    folder = fill_cache(config)
+    if PartialState().is_main_process:
+        print(f"prior tokens: {folder}")
 
 
 def _require_cache(config: RunConfig) -> None:

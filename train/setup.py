@@ -20,6 +20,7 @@ from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.outline import read_outline
 from duet.inference.parts import AR, DECODER
 from duet.inference.prompt_check import check_prompts
+from duet.inference.together import from_main
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.environment import engine, processes_alone, require_own_settings
@@ -36,7 +37,6 @@ from duet.train.run import Run, Training
 from duet.train.scoring import load_scorers
 from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
-from duet.train.together import from_main
 from duet.train.trackers import prepare_trackers, tracker_arguments
 from duet.train.tuning import tuning_of
 

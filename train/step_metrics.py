@@ -2,12 +2,12 @@
 
 import torch
 
+from duet.inference.together import gather_rows
 from duet.train.advantages import Advantages
 from duet.train.collect import Collected
 from duet.train.learn import Learned
 from duet.train.metrics import reward_metrics, score_mean
 from duet.train.run import Run
-from duet.train.together import gather_rows
 from duet.train.watch import image_metrics
 
 

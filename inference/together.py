@@ -44,6 +44,23 @@ def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return broadcast_object_list([made])[0]
 
 
+_DONE = object()
+
+
+def in_rounds(state: PartialState, work: Iterator[T]) -> Iterator[T]:
+    """What this process's own `work` makes, an item a round; processes may have unequal numbers.
+
+    What ends one ends all within the round, as `together` has it.
+    """
+    going = True
+    while going:
+        with together(state):
+            made = next(work, _DONE)
+        going = any(gather_object([made is not _DONE]))
+        if made is not _DONE:
+            yield made
+
+
 def gather_rows(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """The processes' rows, one after another, on the CPU; unequal lengths are fine."""
     if accelerator.num_processes == 1:
