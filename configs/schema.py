@@ -267,6 +267,12 @@ class TrainConfig(Section):
     max_skipped: int = setting(
         "updates in a row that are not finite, and so skipped, end the run", 3, least=1, most=_MANY
     )
+    ddp_timeout: int = setting(
+        "seconds that a process waits for another one before it ends the run",
+        1800,
+        least=1,
+        most=_MANY,
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("autocast of every forward", "no")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting(
         "besides metrics.jsonl, which is always written", ()

@@ -50,7 +50,7 @@ def draw(
 
     Of several processes each yields its own. What ends one ends all.
     """
-    with sharing(mixed_precision=drawing.arithmetic.mixed_precision) as state:
+    with sharing() as state:
         with together(state):
             engine = drawing.engine(state)
         asked = _requests(drawing, prompts, seeds)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.schema import LoraConfig
 from duet.inference import generate
@@ -18,7 +17,6 @@ from duet.inference.adapters import add_adapter, save_adapter
 from duet.inference.engine import Engine
 from duet.inference.model import base_fingerprint, load_pipeline
 from duet.inference.parts import PARTS
-from duet.inference.processes import sharing
 from duet.inference.request import Request
 from duet.train import evaluate
 from tests.conftest import MODEL, ROOT, SIZE
@@ -155,24 +153,3 @@ def test_the_parts_of_all_processes_are_those_of_one(engine, monkeypatch, of):
     dealt = [list(engine.in_parts(requests, rank, of)) for rank in range(of)]
     assert sorted(part for own in dealt for part in own) == sorted(alone) and len(alone) == 4
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("ACCELERATE_USE_DEEPSPEED", "true", "only training divides one"),
-        ("ACCELERATE_USE_FSDP", "1", "only training divides one"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "what is run takes 'no'"),
-    ],
-)
-def test_what_accelerate_was_configured_for_is_refused_by_name(monkeypatch, name, value, reason):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"{name} = '{value}' .*{reason}"), sharing():
-        pass
-
-
-def test_what_accelerate_sets_by_itself_is_none_of_these(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    with sharing() as state:
-        assert state.num_processes == 1

@@ -1,6 +1,8 @@
 """What spreads a policy over processes, by name."""
 
-from duet.train.environment import Engine
+from torch.distributed import is_initialized
+
+from duet.train.environment import engine
 from duet.train.fully_sharded import FullySharded
 from duet.train.sharding import Sharding
 from duet.train.zero import Zero2, Zero3
@@ -8,5 +10,6 @@ from duet.train.zero import Zero2, Zero3
 _SHARDINGS = {"ddp": Sharding, "zero2": Zero2, "zero3": Zero3, "fsdp2": FullySharded}
 
 
-def sharding_of(engine: Engine) -> type[Sharding]:
-    return _SHARDINGS[engine]
+def chosen_sharding() -> type[Sharding]:
+    """What accelerate's environment asks for; a process without others has nothing to share."""
+    return _SHARDINGS[engine()] if is_initialized() else Sharding

@@ -23,7 +23,6 @@ from duet.inference.provenance import Provenance
 from duet.inference.together import from_main, together
 from duet.rewards.registry import load_rewards
 from duet.rewards.resting import Resting
-from duet.train.environment import require_own_settings
 from duet.train.labels import labels
 from duet.train.lock import locked_for_all
 from duet.train.measurement import Judges, measure
@@ -44,8 +43,7 @@ def evaluate(
     Raises UserError, before weights are read, for rows, checkpoints that do not go together,
     and a folder in which something would be overwritten or that another process writes to.
     """
-    require_own_settings(config)
-    with sharing(config.model.device, config.train.mixed_precision) as state:
+    with sharing(config.model.device) as state:
         with together(state):
             rows, named = _checked(config, models, average, state.is_local_main_process)
         entries = [*named, RESULTS]

@@ -19,12 +19,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from duet.train.environment import hybrid
 from duet.train.laid_out import laid_out
 from duet.train.sharding import Sharding
 
 
 class FullySharded(Sharding):
-    """Block by block over the processes of a machine; several machines hold the same parts."""
+    """Block by block."""
 
     in_step, movable = True, False
 
@@ -119,9 +120,10 @@ def _make_room(module: Module, device: torch.device) -> None:
 
 
 def _mesh(accelerator: Accelerator) -> DeviceMesh:
+    """Parts over all processes, or over those of a machine, and machines hold the same."""
     kind, processes = accelerator.device.type, accelerator.num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if local in (1, processes):
+    if not hybrid() or local == processes:
         return init_device_mesh(kind, (processes,))
     return init_device_mesh(kind, (processes // local, local), mesh_dim_names=("copies", "parts"))
 

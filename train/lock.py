@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
@@ -74,7 +75,10 @@ def alone(name: str) -> Callable[[Work], Work]:
         @wraps(work)
         def run(config: RunConfig) -> Path:
             with processes_alone():
-                state = PartialState(cpu=pick_device(config.model.device).type == "cpu")
+                state = PartialState(
+                    cpu=pick_device(config.model.device).type == "cpu",
+                    timeout=timedelta(seconds=config.train.ddp_timeout),
+                )
             with locked_for_all(state, name, Path(attrgetter(name)(config))):
                 return work(config)
 

@@ -20,8 +20,7 @@ from duet.inference.together import together
 from duet.inference.trained import AVERAGE
 from duet.train.average import Average
 from duet.train.dropout import lora_dropout
-from duet.train.engines import sharding_of
-from duet.train.environment import engine
+from duet.train.engines import chosen_sharding
 from duet.train.schedule import make_schedule
 from duet.train.swap import copies, swapped
 from duet.train.tuning import Tuning
@@ -53,7 +52,7 @@ class Policy:
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
         began = tuning.attach(module)
-        self.sharding = sharding_of(engine())(accelerator, module, tuning.info.part.block)
+        self.sharding = chosen_sharding()(accelerator, module, tuning.info.part.block)
         self.trained = self.sharding.trained
         optimizer = AdamW(
             self.trained,

@@ -21,7 +21,6 @@ from duet.inference.processes import sharing
 from duet.inference.prompt_check import check_prompts
 from duet.inference.together import from_main, in_rounds, together
 from duet.train.checkpoint import sync_tree
-from duet.train.environment import require_own_settings
 from duet.train.lock import locked_for_all
 from duet.train.prior_cache import ROWS, PriorCache, check_cache, require_same
 from duet.train.prior_stamp import Stamp, make_stamp
@@ -35,10 +34,9 @@ def fill_cache(config: RunConfig) -> Path:
 
     Raises UserError where another cache stands.
     """
-    require_own_settings(config)
     name, folder = "rollout.prior_cache", Path(config.rollout.prior_cache)
     with (
-        sharing(config.model.device, config.train.mixed_precision) as state,
+        sharing(config.model.device) as state,
         locked_for_all(state, name, folder),
     ):
         return _filled(config, state)
