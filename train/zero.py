@@ -141,11 +141,11 @@ class Zero3(Zero2):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         hooks = self.module.optimizer.parameter_offload
         self.settle()
-        with GatheredParameters(list(self.inner.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self.inner.parameters())):
             hooks._remove_module_hooks()  # they would part each layer again after its forward
             hooks.forward_hooks, hooks.backward_hooks = [], []
             try:
@@ -190,9 +190,9 @@ class Zero3(Zero2):
 
 
 def _whole(parameter: Parameter) -> Tensor:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
 
 
