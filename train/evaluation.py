@@ -42,6 +42,18 @@ class Judges:
     rewards: Mapping[str, Reward]
     resting: Resting
 
+    def __call__(
+        self, rows: Sequence[Row], made: Sequence[tuple[int, Rollout]]
+    ) -> dict[int, dict[str, list[Answer]]]:
+        """The scores of each row's pictures by its place: NaN where a reward failed, None where
+        it does not apply."""
+        with self.resting.awake():
+            scores = _score(self.rewards, [(rows[place], rollout) for place, rollout in made])
+        return {
+            place: {name: own[n] for name, own in scores.items()}
+            for n, (place, _) in enumerate(made)
+        }
+
 
 def evaluate(
     config: RunConfig, models: Sequence[tuple[str, ...]], output: Path, average: bool = False
@@ -126,6 +138,21 @@ def _engine(config: RunConfig, checkpoints: Sequence[str]) -> Engine:
     return Engine.of(pipeline, config)
 
 
+def held_out_requests(config: RunConfig, rows: Sequence[Row]) -> list[Request]:
+    """With the same seeds for every model, whoever draws them."""
+    size, count = _size(config), config.eval.images_per_prompt
+    return [
+        Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
+        for i, row in enumerate(rows)
+    ]
+
+
+def by_reward(scores: Mapping[int, Mapping[str, list[Answer]]]) -> dict[str, list[list[Answer]]]:
+    """Per reward [prompts, images], from what judges tell of all places."""
+    places = sorted(scores)
+    return {name: [scores[place][name] for place in places] for name in scores[places[0]]}
+
+
 @dataclass(frozen=True)
 class _Made:
     """Of one model, prompt by prompt."""
@@ -141,21 +168,12 @@ def _evaluate_model(
     judges: Judges,
     folder: Path,
 ) -> _Made:
-    size, count = _size(config), config.eval.images_per_prompt
-    requests = [
-        Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
-        for i, row in enumerate(rows)
-    ]
-    made = _Made([[]] * len(rows), {name: [[]] * len(rows) for name in judges.rewards})
-    for part in engine.in_parts(requests):
+    files, scores = {}, {}
+    for part in engine.in_parts(held_out_requests(config, rows)):
         for place, rollout in part:
-            made.files[place] = list(_write_pictures(rollout, folder, place))
-        with judges.resting.awake():
-            scores = _score(judges.rewards, [(rows[place], rollout) for place, rollout in part])
-        for name, answers in scores.items():
-            for (place, _), own in zip(part, answers, strict=True):
-                made.scores[name][place] = own
-    return made
+            files[place] = list(_write_pictures(rollout, folder, place))
+        scores |= judges(rows, part)
+    return _Made([files[place] for place in sorted(files)], by_reward(scores))
 
 
 def _write_pictures(rollout: Rollout, folder: Path, place: int) -> Iterator[str]:

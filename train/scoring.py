@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from duet.configs.best_metric import held_out_rewards
 from duet.configs.schema import RewardConfig, RunConfig
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
@@ -17,6 +18,7 @@ from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
 from duet.rewards.resting import Resting
 from duet.train.advantages import NOT_APPLICABLE
+from duet.train.evaluation import Judges
 from duet.train.prompts import Group
 
 
@@ -61,8 +63,16 @@ class Scorer:
         return Scores(columns(self.trained), columns(self.watched))
 
 
-def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
-    """A turn's rewards with their weights, by its part; what two ask for alike is loaded once.
+@dataclass(frozen=True)
+class Loaded:
+    """All rewards of a run: what two of its parts ask for alike is there once."""
+
+    scorers: Mapping[str, Scorer]  # by part
+    judges: Judges | None  # of held-out pictures; None: the run evaluates none
+
+
+def load_scorers(config: RunConfig, parts: Mapping[str, RunConfig]) -> Loaded:
+    """Rewards with their weights; `parts`: the config as each turn has it.
 
     Raises UserError, with a reward's name.
     """
@@ -79,14 +89,18 @@ def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
     def named(asked: Sequence[RewardConfig]) -> dict[str, Reward]:
         return {reward.metric_name: find(reward) for reward in asked}
 
-    made = {}
-    for part, config in configs.items():
-        trained, watched = named(config.rewards), named(config.watch.rewards)
-        resting = Resting([*trained.items(), *watched.items()], config.model.offload)
-        made[part] = Scorer(trained, watched, resting)
-    for scorer in made.values():  # now that each turn knows where its rewards are at home
-        scorer.resting.rest()
-    return made
+    offload, scorers, judges = config.model.offload, {}, None
+    for part, own in parts.items():
+        trained, watched = named(own.rewards), named(own.watch.rewards)
+        resting = Resting([*trained.items(), *watched.items()], offload)
+        scorers[part] = Scorer(trained, watched, resting)
+    if config.train.eval_steps is not None:
+        rewards = named(held_out_rewards(config))
+        judges = Judges(rewards, Resting(rewards.items(), offload))
+    # now that all know where their rewards are at home
+    for each in filter(None, (*scorers.values(), judges)):
+        each.resting.rest()
+    return Loaded(scorers, judges)
 
 
 def _column(answers: Sequence[Answer]) -> Tensor:
