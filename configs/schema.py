@@ -86,7 +86,10 @@ class RolloutConfig(Section):
 
     num_generations: int = setting("samples in a group", 8, least=2, most=10_000)
     prompts_per_step: int = setting(
-        "groups in a rollout, over all processes", 8, least=1, most=_MANY
+        "groups in a rollout, over all processes; where these do not divide, their samples must",
+        8,
+        least=1,
+        most=_MANY,
     )
     batch_size: int = setting(
         "samples the engine runs at once, on one process", 16, least=1, most=_MANY

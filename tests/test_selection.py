@@ -45,7 +45,7 @@ def figures(run: Path, evaluations: bool) -> list[dict]:
     """What does not depend on the clock."""
     told = [s for s in lines(run) if ("evaluation" in s) == evaluations]
     clock = ("seconds", "samples_per_second")
-    return [{k: v for k, v in s.items() if k.rpartition("/")[2] not in clock} for s in told]
+    return [{k: v for k, v in s.items() if not k.endswith(clock)} for s in told]
 
 
 def weights(checkpoint: Path) -> list[dict[str, torch.Tensor]]:

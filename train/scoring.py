@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from duet.configs.best_metric import held_out_rewards
+from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig, RunConfig
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
@@ -101,6 +102,18 @@ def load_scorers(config: RunConfig, parts: Mapping[str, RunConfig]) -> Loaded:
     for each in filter(None, (*scorers.values(), judges)):
         each.resting.rest()
     return Loaded(scorers, judges)
+
+
+def require_whole_groups(scorer: Scorer, config: RunConfig, processes: int) -> None:
+    """For samples of a group on several processes. Raises UserError for a reward that compares
+    those of a whole one."""
+    for name, reward in (*scorer.trained.items(), *scorer.watched.items()):
+        if getattr(reward, "whole_groups", False):
+            raise UserError(
+                f"reward {name!r} scores whole groups, and rollout.prompts_per_step = "
+                f"{config.rollout.prompts_per_step} over {processes} processes draws samples of "
+                f"one group on several: give a multiple of {processes}, or leave the reward out"
+            )
 
 
 def _column(answers: Sequence[Answer]) -> Tensor:

@@ -33,7 +33,7 @@ from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
 from duet.train.run import Run, Training
-from duet.train.scoring import load_scorers
+from duet.train.scoring import load_scorers, require_whole_groups
 from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
 from duet.train.state import leave_weights_out
@@ -70,6 +70,9 @@ def prepare(config: RunConfig) -> Training:
         check_prompts(outline, each, size, show)
     unread = _unread(parts, rows, start, accelerator)
     loaded = load_scorers(config, parts)
+    for name, part in parts.items():
+        if divided[name].spread:
+            require_whole_groups(loaded.scorers[name], part, processes)
     set_seed(config.seed)
     pipeline = _pipeline(config, accelerator, unread)
     stages = {
