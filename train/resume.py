@@ -20,6 +20,7 @@ from duet.inference.provenance import Provenance
 from duet.inference.trained import averaged, check_trained
 from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
 from duet.train.metrics import read_metrics
+from duet.train.resized import SHARE, what_changes
 from duet.train.row_digest import row_digest
 
 # what the optimizer, the schedule, the order of the prompts and the actions were made for
@@ -105,6 +106,9 @@ def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
     if changes:
         told = ", ".join(f"{name} {was!r} -> {now!r}" for name, was, now in changes)
         tell(f"changed since {path.name}: {told}")
+    if position.num_processes != processes:
+        before, now = position.num_processes, _used(config)
+        tell(f"{path.name} {what_changes(position.config, before, now, processes)}")
     same_run = path.resolve().parent == output_dir.resolve()
     return Start(position.run_id if same_run else uuid4().hex, inputs, path, position.step)
 
@@ -145,12 +149,10 @@ def _require_agreement(
         raise UserError(
             f"{checkpoint} is of stage {position.stage!r}, the config of {'+'.join(parts)!r}"
         )
-    if position.num_processes != processes:  # the schedule counts updates, each has its RNG
-        raise UserError(
-            f"{processes} processes, but {checkpoint} was trained with "
-            f"{position.num_processes}: launch that many"
-        )
+    resized = position.num_processes != processes
     for name, was, now in _changes(position, config, _KEPT):
+        if resized and _TURN.sub("", name) in SHARE:
+            continue
         raise UserError(
             f"{name} = {now!r}, but {checkpoint} was trained with {was!r}: "
             "give that to go on, or begin a new run in another output_dir"

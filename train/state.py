@@ -1,9 +1,10 @@
 """accelerate's state of a run: optimizers, schedules and random states; never weights."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import load
+from accelerate.utils import load, set_seed
 
 from duet.configs.errors import UserError, first_line
 
@@ -24,10 +25,15 @@ def save_state(accelerator: Accelerator, checkpoint: Path) -> None:
 def load_state(accelerator: Accelerator, checkpoint: Path) -> None:
     """Raises UserError for a damaged checkpoint."""
     state = checkpoint / _FOLDER
+    rank, first = accelerator.process_index, state / "random_states_0.pkl"
+    own = state / f"random_states_{rank}.pkl"
     try:
         # load_state passes over random states that it cannot read
-        load(state / f"random_states_{accelerator.process_index}.pkl")
+        load(own if own.exists() else first)
         accelerator.load_state(str(state))
+        if not own.exists():  # more processes than wrote it: states like no other's
+            drawn = sha256(first.read_bytes() + str(rank).encode()).digest()
+            set_seed(int.from_bytes(drawn[:4]))
     except Exception as error:  # torch, pickle and zip readers each raise their own kinds
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is damaged ({first_line(error)}): resume from another"
