@@ -181,6 +181,16 @@ def test_other_prompts_and_lost_checkpoints_are_no_rivals(tmp_path):
     assert not (tmp_path / "best.json").exists(), "what it named cannot be compared any more"
 
 
+def test_the_best_of_a_run_that_goes_on_elsewhere_is_found_from_there(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    best_of(tmp_path / "a", [0.1, 0.9])
+    best, key = Best(make(tmp_path / "b"), "same"), "eval/reward"
+    best.recall([{"step": 2, "stage": "eval", "evaluation": "same", key: 0.9}], tmp_path / "a")
+    named = json.loads((tmp_path / "b" / "best.json").read_text())["checkpoint"]
+    assert (tmp_path / "b" / named).samefile(tmp_path / "a" / "checkpoint-2")
+
+
 def test_what_makes_evaluations_comparable(tmp_path, rows):
     config = make(tmp_path)
     id = evaluation_id(config, rows[:2])

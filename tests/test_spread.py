@@ -1,16 +1,20 @@
 """A step's samples over any number of processes: the same ones, and the same advantages."""
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.train import collect as module
 from duet.train.advantages import group_advantages
 from duet.train.geometry import changed, geometry, sizes_on_first
 from duet.train.prompts import Group, draw_groups, shard
 from duet.train.scoring import Scorer, require_whole_groups
+from duet.train.setup import prepare
 from tests.conftest import ROOT
 from tests.sample_rewards import Constant, Rank
 
@@ -91,6 +95,24 @@ def test_samples_that_do_not_divide_are_refused():
     told = "3 groups of rollout.num_generations = 4 do not divide over 8 .* a multiple of 2 prompts"
     with pytest.raises(UserError, match=told):
         geometry(small(3), 8, 5)
+
+
+def test_what_a_spread_group_shares_comes_from_one_process(small_run, monkeypatch):
+    """Prior tokens made twice may round apart: here the other process's are told."""
+    AcceleratorState._reset_state(True)
+    sampled = ["rewards=[{name: duet.train.tiny.hackable.Sharpness}]", "rollout.priors=sampled"]
+    run = prepare(small_run("decoder", "optim.per_device_train_batch_size=2", *sampled)).at(0)
+    run = replace(run, geometry=replace(run.geometry, spread=True))
+    told = []
+
+    def gathered(made):
+        told.extend(made)
+        return [(id, prior.flip(0)) for id, prior in made]
+
+    monkeypatch.setattr(module, "gather_object", gathered)
+    for rollout, (_, prior) in zip(module.collect(run, 0).rollouts, told, strict=True):
+        assert torch.equal(rollout.request.prior, prior.flip(0))
+        assert not torch.equal(rollout.request.prior, prior)
 
 
 @pytest.mark.parametrize("kind", ["trained", "watched"])

@@ -64,6 +64,9 @@ class MetricsLog:
         """Whether the steps before have it; the main process knows."""
         return any(s["step"] == step and s.get("evaluation") == id for s in self.history)
 
+    def has_other_evaluations(self, id: str) -> bool:
+        return any(s.get("evaluation", id) != id for s in self.history)
+
     def _append(self, line: dict, metrics: dict[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self.path.open("a") as file:

@@ -124,6 +124,9 @@ def engine_batches(sizes: Sequence[int], cap: int) -> list[int]:
 def phases(config: RunConfig, step: Step, processes: int) -> list[Phase]:
     """In their order; rewards are scored beside the sampling of the next batch."""
     subject, rewards = step.subject, (*config.rewards, *config.watch.rewards)
+    evaluates = config.train.eval_steps is not None
+    if evaluates:
+        rewards += config.eval.rewards
     trained = trained_of(config, subject)
     always = {
         "optimizer state": trained.states * trained.copy,
@@ -144,6 +147,14 @@ def phases(config: RunConfig, step: Step, processes: int) -> list[Phase]:
 
     gradients = {"gradients": trained.copy}
     own = (subject.part.component,)
+    held_out = []
+    if evaluates:
+        asked = subject, config.sampling, config.rollout.batch_size
+        tokens, latents = workload.tokens(*asked).held, workload.latents(*asked).held
+        held_out = [
+            phase("held-out tokens", ("vision_language_encoder",), tokens),
+            phase("held-out latents", DECODER_PARTS, latents),
+        ]
     backward, forward = step.update.held, step.rescore.held
     return [
         phase("AR tokens", ("vision_language_encoder",), step.tokens.held),
@@ -154,6 +165,7 @@ def phases(config: RunConfig, step: Step, processes: int) -> list[Phase]:
         phase("update", own, gradients | backward),
         # AdamW works on all parameters at once, with one more copy of them
         phase("optimizer step", own, gradients | {"working set": trained.copy}),
+        *held_out,
     ]
 
 

@@ -31,10 +31,13 @@ class Selection:
 
     def resumed(self) -> None:
         """Before the first step: what the run died in is done again, what it did is not."""
-        start = self.training.start
+        start, id = self.training.start, self.training.held_out.id
+        if self.training.config.train.eval_steps and self.log.has_other_evaluations(id):
+            told = "the evaluations so far were of other prompts, pictures or rewards"
+            self.journal.tell(f"{told}: the best checkpoint is sought among those to come")
         if start.checkpoint is None or not _due(self.training.config, start.step):
             return
-        id, accelerator = self.training.held_out.id, self.training.accelerator
+        accelerator = self.training.accelerator
         if not from_main(accelerator, lambda: self.log.has_evaluation(id, start.step)):
             self._evaluate(start.step)
 
