@@ -14,8 +14,9 @@ from duet.train import selection
 from duet.train.best import Best
 from duet.train.evaluation import evaluate
 from duet.train.held_out import evaluation_id, evaluation_metrics
+from duet.train.memory import phases, step_of
 from duet.train.signals import Stopped
-from tests.conftest import ROOT, adapter_weights, train
+from tests.conftest import MODEL, ROOT, adapter_weights, train
 
 SHARP, DRAWS = "duet.train.tiny.hackable.Sharpness", "tests.sample_rewards.Draws"
 STAGES = (
@@ -223,6 +224,19 @@ def test_figures_of_an_evaluation(tmp_path, sharp, draws, expected):
     assert [told[name] for name in names] == [
         pytest.approx(math.nan if value is None else value, nan_ok=True) for value in expected
     ]
+
+
+def test_the_plan_counts_evaluations():
+    """A decoder's run samples a prior a prompt; an evaluation fills batches with the AR."""
+    small = ["sampling.num_inference_steps=4", "rollout.prompts_per_step=1"]
+    found = []
+    for asked in ([], ["train.eval_steps=5"]):
+        config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml", [*small, *asked])
+        found.append({p.name: p.total for p in phases(config, step_of(config, MODEL, 1), 1)})
+    plain, evaluated = found
+    assert set(evaluated) - set(plain) == {"held-out tokens", "held-out latents"}
+    assert evaluated["held-out tokens"] > evaluated["AR tokens"]
+    assert evaluated["rewards"] > plain["rewards"], "those of eval.rewards are held too"
 
 
 def test_a_metric_that_nothing_measures_is_refused(tmp_path):
