@@ -228,7 +228,7 @@ def test_figures_of_an_evaluation(tmp_path, sharp, draws, expected):
 
 def test_the_plan_counts_evaluations():
     """A decoder's run samples a prior a prompt; an evaluation fills batches with the AR."""
-    small = ["sampling.num_inference_steps=4", "rollout.prompts_per_step=1"]
+    small = ["rollout.prompts_per_step=1", "optim.per_device_train_batch_size=8"]
     found = []
     for asked in ([], ["train.eval_steps=5"]):
         config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml", [*small, *asked])
