@@ -229,14 +229,11 @@ def test_figures_of_an_evaluation(tmp_path, sharp, draws, expected):
 def test_the_plan_counts_evaluations():
     """A decoder's run samples a prior a prompt; an evaluation fills batches with the AR."""
     small = ["rollout.prompts_per_step=1", "optim.per_device_train_batch_size=8"]
-    found = []
-    for asked in ([], ["train.eval_steps=5"]):
-        config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml", [*small, *asked])
-        found.append({p.name: p.total for p in phases(config, step_of(config, MODEL, 1), 1)})
-    plain, evaluated = found
-    assert set(evaluated) - set(plain) == {"held-out tokens", "held-out latents"}
-    assert evaluated["held-out tokens"] > evaluated["AR tokens"]
-    assert evaluated["rewards"] > plain["rewards"], "those of eval.rewards are held too"
+    path = ROOT / "configs" / "tiny" / "decoder.yaml"
+    config = load_config(path, [*small, "train.eval_steps=5"])
+    found = {p.name: p.total for p in phases(config, step_of(config, MODEL, 1), 1)}
+    assert found["held-out tokens"] > found["AR tokens"]
+    assert found["held-out latents"] > found["latents"]
 
 
 def test_a_metric_that_nothing_measures_is_refused(tmp_path):
