@@ -9,10 +9,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from duet.configs import strict_yaml
+from duet.configs.best_metric import best_metric
 from duet.configs.errors import UserError
 from duet.configs.schema import RunConfig
 from duet.configs.setting import shown
-from duet.configs.turns import inherit, trained_rewards
+from duet.configs.turns import inherit
 
 _MOST_BYTES = 2**17  # of a config
 _LISTS = "a list is given whole, as rewards='[{name: ocr, weight: 0.5}]'"
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tree, override)
     config = build(RunConfig, inherit(tree), "")
-    trained_rewards(config)  # what turns have to agree in
+    best_metric(config)  # and what turns have to agree in
     return config
 
 

@@ -86,7 +86,10 @@ class RolloutConfig(Section):
 
     num_generations: int = setting("samples in a group", 8, least=2, most=10_000)
     prompts_per_step: int = setting(
-        "groups in a rollout, over all processes", 8, least=1, most=_MANY
+        "groups in a rollout, over all processes; where these do not divide, their samples must",
+        8,
+        least=1,
+        most=_MANY,
     )
     batch_size: int = setting(
         "samples the engine runs at once, on one process", 16, least=1, most=_MANY
@@ -97,8 +100,8 @@ class RolloutConfig(Section):
         "auto",
     )
     prior_cache: str | None = setting(
-        "decoder: the folder that `duet priors` has filled; the AR's weights are not read then. "
-        "null: priors are made anew in each rollout",
+        "decoder: the folder that `duet priors` has filled; the AR's weights are not read then, "
+        "unless train.eval_steps needs them. null: priors are made anew in each rollout",
         None,
     )
     priors_per_prompt: int = setting(
@@ -252,10 +255,22 @@ class TrainConfig(Section):
     max_steps: int = setting("rollouts", 100, least=1, most=_MANY)
     save_steps: int = setting("a checkpoint so often, and one at the end", 50, least=1, most=_MANY)
     save_total_limit: int | None = setting(
-        "checkpoints that are kept, the newest ones and the one resumed from; null: all",
+        "checkpoints that are kept, the newest ones, the best one and the one resumed from; "
+        "null: all",
         None,
         least=1,
         most=_MANY,
+    )
+    eval_steps: int | None = setting(
+        "rollouts between evaluations of data.eval by the weights as they stand; null: none",
+        None,
+        least=1,
+        most=_MANY,
+    )
+    metric_for_best_model: str = setting(
+        "by it an evaluation's checkpoint is the best, and kept: reward, the trained rewards' "
+        "weighted sum, or the name of a reward (with a weight below 0 less is better)",
+        "reward",
     )
     logging_images_steps: int = setting(
         "a grid of the rollout's images so often", 10, least=1, most=_MANY

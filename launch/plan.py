@@ -89,12 +89,14 @@ def _geometry(config: RunConfig, gpus: int, changes: Mapping[str, Any]) -> Itera
     rollout, optim = config.rollout, config.optim
     if changes:
         yield f"as it stands it does not divide; the nearest that does: {_told(changes)}"
-    own = rollout.prompts_per_step // gpus * rollout.num_generations
+    own = rollout.prompts_per_step * rollout.num_generations // gpus
+    spread = ", groups on several GPUs" if rollout.prompts_per_step % gpus else ""
     share = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
     yield (
         f"a step: {rollout.prompts_per_step} prompts x {rollout.num_generations} samples over "
-        f"{gpus} GPUs = {own} samples a GPU; {config.grpo.num_iterations * own // share} updates "
-        f"of {optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} "
+        f"{gpus} GPUs = {own} samples a GPU{spread}; "
+        f"{config.grpo.num_iterations * own // share} updates of "
+        f"{optim.per_device_train_batch_size} x {optim.gradient_accumulation_steps} "
         f"(micro-batch x accumulation) = {share * gpus} samples over all GPUs"
     )
 

@@ -1,6 +1,7 @@
 """Small rewards that tests name by their dotted path; no torch."""
 
 import math
+import random
 import threading
 import time
 
@@ -104,3 +105,15 @@ class Sometimes:
 class Never:
     def __call__(self, inputs):
         return [None] * len(inputs)
+
+
+class Draws:
+    """Brightness, with draws from every global random state."""
+
+    def __call__(self, inputs):
+        import torch  # its state, which dropout draws from too
+
+        def drawn():
+            return random.random() + np.random.random() + float(torch.rand(()))
+
+        return [np.mean(i.image) / 255 + 0.01 * drawn() for i in inputs]

@@ -59,22 +59,22 @@ def checkpoints(tmp_path):
 
 
 def test_only_the_oldest_checkpoints_go(tmp_path, checkpoints):
-    remove_old(tmp_path, None, None)
+    remove_old(tmp_path, None)
     assert len(checkpoints()) == 4
-    remove_old(tmp_path, 3, None)
+    remove_old(tmp_path, 3)
     assert checkpoints() == ["checkpoint-10", "checkpoint-4", "checkpoint-6"]
-    remove_old(tmp_path, 1, tmp_path / "." / "checkpoint-4")
+    remove_old(tmp_path, 1, [tmp_path / "." / "checkpoint-4"])
     assert checkpoints() == ["checkpoint-10", "checkpoint-4"], "newest, and resumed from"
 
 
 def test_a_removal_that_was_cut_off_leaves_no_half_checkpoint(tmp_path, checkpoints, monkeypatch):
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-        remove_old(tmp_path, 3, None)
+        remove_old(tmp_path, 3)
     assert checkpoints() == [
         ".checkpoint-2.removed", "checkpoint-10", "checkpoint-4", "checkpoint-6",
     ]  # fmt: skip
-    remove_old(tmp_path, 3, None)
+    remove_old(tmp_path, 3)
     assert ".checkpoint-2.removed" not in checkpoints()
 
 

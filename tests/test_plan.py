@@ -302,7 +302,8 @@ def test_a_folder_that_tells_no_sizes_is_a_users_fault(tmp_path):
         (1, {}, {}),
         (8, {}, {}),
         (3, {}, {"rollout.prompts_per_step": 15, "optim.gradient_accumulation_steps": 20}),
-        (32, {}, {"rollout.prompts_per_step": 32, "optim.gradient_accumulation_steps": 8}),
+        (32, {}, {"optim.gradient_accumulation_steps": 4}),  # half a group each
+        (48, {}, {"rollout.prompts_per_step": 18, "optim.gradient_accumulation_steps": 3}),
         (1, {"optim.gradient_accumulation_steps": 15}, {"optim.gradient_accumulation_steps": 16}),
         (1, {"optim.per_device_train_batch_size": 3, "optim.gradient_accumulation_steps": 1},
          {"optim.per_device_train_batch_size": 2}),
@@ -322,7 +323,7 @@ def test_the_nearest_geometry_divides(processes, overrides, nearest):
     [(16, 8, 8, [8] * 16), (16, 8, 32, [32] * 4), (2, 8, 5, [4] * 4), (1, 16, 8, [8, 8])],
 )
 def test_the_engines_batches(groups, samples, cap, batches):
-    assert engine_batches(groups, samples, cap) == batches
+    assert engine_batches([samples] * groups, cap) == batches
 
 
 def test_a_kernel_takes_the_longest_of_what_it_does():
@@ -343,5 +344,5 @@ def test_offloading_moves_the_parts_once_a_batch_of_the_ar():
         config = load_config(REAL[stage], ["model.offload=phase"])
         found = cost.costs(config, step_of(config, Scale(), 1))
         [copied[stage]] = [c.copied for c in found if c.copied]
-    batches = len(engine_batches(16, 8, load_config(REAL["ar"]).rollout.batch_size))
+    batches = len(engine_batches([8] * 16, load_config(REAL["ar"]).rollout.batch_size))
     assert copied["ar"] == batches * copied["decoder"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, adapter_weights, train
 
@@ -36,9 +38,10 @@ def two_processes(stage: str, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
-def moments(run) -> torch.Tensor:
-    """Adam's first moments after the first rollout, one vector."""
-    state = torch.load(run / "checkpoint-1" / "state" / "optimizer.bin", weights_only=True)["state"]
+def moments(run, step: int = 1) -> torch.Tensor:
+    """Adam's first moments after so many rollouts, one vector."""
+    file = run / f"checkpoint-{step}" / "state" / "optimizer.bin"
+    state = torch.load(file, weights_only=True)["state"]
     return torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)])
 
 
@@ -112,6 +115,48 @@ def test_unequal_glyph_lengths_do_not_hang_the_others(small_run, tmp_path):
     done = two_processes("decoder", *common, f"output_dir={two}")
     assert done.returncode == 0, done.stderr
     assert_one_update(one, two)
+
+
+def test_a_run_goes_on_over_two_processes_with_one_group_on_both(small_run, tmp_path):
+    """Of one process, which then goes on alone and, in a copy, over two; one held-out prompt."""
+    row = {"prompt": 'a red card with the white word "CAT"'}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    common = [
+        f"data.train={tmp_path / 'rows.jsonl'}", f"data.eval={tmp_path / 'rows.jsonl'}",
+        "rewards=[{name: duet.train.tiny.hackable.Sharpness}]", "eval.rewards=[]",
+        "eval.images_per_prompt=2", "train.eval_steps=1", "rollout.prompts_per_step=1",
+        "optim.per_device_train_batch_size=2", "optim.lr_scheduler_type=constant",
+        "train.trackers=[tensorboard]",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = [*common, "optim.gradient_accumulation_steps=2", f"output_dir={one}"]
+    train(small_run("decoder", *alone, "train.max_steps=1"))
+    shutil.copytree(one, two)
+    on = ["train.max_steps=2", "train.resume=latest"]
+    train(small_run("decoder", *alone, *on))
+    done = two_processes("decoder", *common, *on, f"output_dir={two}")
+    assert done.returncode == 0, done.stderr
+    [told] = [line for line in done.stderr.splitlines() if "goes on over" in line]
+    assert "checkpoint-1 goes on over 2 processes, trained so far over 1" in told
+    state = json.loads((two / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["num_processes"] == 2
+    gradients = moments(one, 2), moments(two, 2)
+    largest = float(gradients[0].abs().max())
+    assert torch.allclose(*gradients, atol=1e-4 * largest, rtol=0) and largest > 0
+    logged = [[json.loads(line) for line in (r / "metrics.jsonl").open()] for r in (one, two)]
+    assert [[(s["step"], s["stage"]) for s in lines] for lines in logged] == [
+        [(1, "decoder"), (1, "eval"), (2, "decoder"), (2, "eval")]
+    ] * 2
+    keys = ["reward", "reward_std", "images/diversity", "images/sharpness", "frac_reward_zero_std"]
+    for line, names in ((2, keys), (3, ["eval/reward", "eval/rewards/Sharpness/mean"])):
+        for key in names:
+            assert logged[0][line][key] == pytest.approx(logged[1][line][key], rel=1e-4), key
+    best = [json.loads((run / "best.json").read_text()) for run in (one, two)]
+    assert best[0]["step"] == best[1]["step"]
+    events = EventAccumulator(str(two / "duet"))
+    events.Reload()
+    for name in ("reward", "eval/reward"):
+        assert [e.step for e in events.Scalars(name)] == [1, 2]
 
 
 def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):

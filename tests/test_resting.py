@@ -132,7 +132,7 @@ def followed(monkeypatch):
     return rewards.values()
 
 
-def test_in_a_run_they_rest_while_the_policy_is_updated(followed, small_run, monkeypatch):
+def test_in_a_run_they_rest_while_the_policy_is_updated(followed, small_run, monkeypatch, tmp_path):
     true, seen = learn.update, []
 
     def update(*args):
@@ -140,9 +140,12 @@ def test_in_a_run_they_rest_while_the_policy_is_updated(followed, small_run, mon
         return true(*args)
 
     monkeypatch.setattr(learn, "update", update)
-    train(small_run("decoder", "model.offload=phase", "train.max_steps=2"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a red card"}))
+    evaluated = ["train.eval_steps=2", f"data.eval={tmp_path}/rows.jsonl", "eval.rewards=[]"]
+    train(small_run("decoder", "model.offload=phase", "train.max_steps=2", *evaluated))
     assert seen == [["cpu", "cpu"]] * 2
-    assert [reward.sent for reward in followed] == [["cpu", *["home", "cpu"] * 2]] * 2
+    # once read they are sent away for training and for evaluations, and come back for each
+    assert [reward.sent for reward in followed] == [["cpu", "cpu", *["home", "cpu"] * 3]] * 2
 
 
 def test_in_an_evaluation_they_rest_while_pictures_are_made(followed, small_run, tmp_path):

@@ -25,7 +25,7 @@ from duet.train.scoring import Scorer, Scores, sample_and_score
 from duet.train.stages import STAGES
 from duet.train.tiny.specimens import CARD, noisy
 from duet.train.tiny.world import draw
-from duet.train.watch import Watch, image_metrics
+from duet.train.watch import Look, Watch, image_metrics
 from tests.conftest import CLIP, train
 from tests.pictures import CLEAN
 from tests.sample_rewards import Constant, Rank, Slow
@@ -293,12 +293,15 @@ def test_the_alarm_rings_when_the_trained_reward_rises_and_a_watched_one_falls()
 
 def test_what_pictures_look_like_is_measured():
     flat = Image.new("RGB", (96, 64), "grey")
-    still = image_metrics([[flat, flat]])
+    flat, clean, spoiled = (Look.of(i) for i in (flat, CLEAN, noisy(CLEAN, 60)))
+    still = image_metrics([flat, flat], [7, 7])
     assert still == {"images/sharpness": 0, "images/saturation": 0, "images/diversity": 0}
-    varied = image_metrics([[CLEAN, flat]])
+    varied = image_metrics([clean, flat], [7, 7])
     assert min(varied.values()) > 0
-    spoiled = image_metrics([[noisy(CLEAN, 60), flat]])
-    assert spoiled["images/sharpness"] > 3 * varied["images/sharpness"]
+    noise = image_metrics([spoiled, flat], [7, 7])
+    assert noise["images/sharpness"] > 3 * varied["images/sharpness"]
+    apart = image_metrics([clean, flat, clean, flat], [1, 2, 1, 2])
+    assert apart["images/diversity"] == 0, "a group's pictures, wherever they stand"
 
 
 def test_each_picture_is_scored_beside_its_own_prompt(rows):

@@ -61,6 +61,11 @@ def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
+def checkpoint_at(output_dir: Path, step: int) -> Path:
+    """After so many rollouts, whether it is there or not."""
+    return output_dir / f"checkpoint-{step}"
+
+
 def part_folder(checkpoint: Path, part: str, parts: Collection[str]) -> Path:
     """Where a part's weights lie: in the checkpoint itself, where it is the only one."""
     return checkpoint / part if len(parts) > 1 else checkpoint
@@ -73,7 +78,7 @@ def save_checkpoint(
 
     Every process must call it. Raises UserError where another run's stands.
     """
-    final = Path(config.output_dir) / f"checkpoint-{step}"
+    final = checkpoint_at(Path(config.output_dir), step)
     accelerator = next(iter(policies.values())).accelerator
     if from_main(accelerator, lambda: _stands(final, run_id)):
         return final
@@ -91,7 +96,7 @@ def save_checkpoint(
         write_digests(partial)
         sync_tree(partial)
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
 
     from_main(accelerator, begin)
     with together(accelerator):
@@ -159,10 +164,11 @@ def _damaged(checkpoint: Path, reason: object) -> Damaged:
 def sync_tree(folder: Path) -> None:
     """To the disk: a power cut after this leaves the folder's files as they are."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """One file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

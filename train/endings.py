@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from duet.configs.errors import UserError, first_line
 from duet.rewards.answers import LARGEST
 from duet.train.advantages import NOT_APPLICABLE
+from duet.train.best import Best
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import Collected
 from duet.train.journal import LOG_FILE, Journal
@@ -27,8 +28,9 @@ from duet.train.watch import Watch
 class Endings:
     """Around the loop: whatever ends it leaves as a UserError, with the command's exit status."""
 
-    def __init__(self, training: Training, journal: Journal) -> None:
-        self.training, self.journal = training, journal
+    def __init__(self, training: Training, journal: Journal, best: Best) -> None:
+        """`best`: what the main process spares when it removes old checkpoints."""
+        self.training, self.journal, self.best = training, journal, best
         self.done = training.start.step  # steps whose updates are all made
         self.newest = training.start.checkpoint  # whole
         self._random = RandomState.now()  # as the last finished step left it
@@ -74,10 +76,16 @@ class Endings:
                 shutil.rmtree(partial, ignore_errors=True)
             told = f"checkpoint-{self.done} could not be written ({first_line(error)})"
             raise OSError(told) from error
-        if training.accelerator.is_main_process:
-            limit = training.config.train.save_total_limit
-            remove_old(self.newest.parent, limit, start.checkpoint)
+        self.remove_old()
         return self.newest
+
+    def remove_old(self) -> None:
+        """But for the newest ones, the best one and the one resumed from."""
+        training, best = self.training, self.best.held
+        if training.accelerator.is_main_process:
+            kept = [training.start.checkpoint, best and best.checkpoint]
+            limit = training.config.train.save_total_limit
+            remove_old(self.newest.parent, limit, [path for path in kept if path])
 
     def _ended(self, error: BaseException) -> UserError:
         text, status = _told(error)

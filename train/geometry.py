@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 from duet.configs.errors import UserError
@@ -14,6 +15,7 @@ class Geometry:
     samples_per_update: int  # on one process
     passes: int  # over a rollout
     rollouts: int  # of the whole run
+    spread: bool = False  # whether samples of one group are drawn by several processes
 
     @property
     def updates_per_rollout(self) -> int:
@@ -27,13 +29,14 @@ class Geometry:
 
 def geometry(config: RunConfig, processes: int, rollouts: int) -> Geometry:
     """`rollouts`: of the whole run, by this config. Raises UserError for what does not divide."""
-    groups = config.rollout.prompts_per_step
-    if groups % processes:
+    groups, size = config.rollout.prompts_per_step, config.rollout.num_generations
+    samples, left = divmod(groups * size, processes)
+    if left:
         raise UserError(
-            f"rollout.prompts_per_step = {groups} does not divide over {processes} processes: "
-            f"give a multiple of {processes}"
+            f"rollout.prompts_per_step = {groups} groups of rollout.num_generations = {size} do "
+            f"not divide over {processes} processes: give a multiple of "
+            f"{_multiple(size, processes)} prompts"
         )
-    samples = groups // processes * config.rollout.num_generations
     optim = config.optim
     share = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
     if samples % share:
@@ -42,7 +45,20 @@ def geometry(config: RunConfig, processes: int, rollouts: int) -> Geometry:
             f"per_device_train_batch_size * gradient_accumulation_steps = {share}: "
             f"give a divisor of {samples}"
         )
-    return Geometry(samples, share, config.grpo.num_iterations, rollouts)
+    spread = groups % processes > 0
+    return Geometry(samples, share, config.grpo.num_iterations, rollouts, spread)
+
+
+def _multiple(size: int, processes: int) -> int:
+    """Of how many groups of that size the samples divide."""
+    return processes // gcd(size, processes)
+
+
+def sizes_on_first(config: RunConfig, processes: int) -> list[int]:
+    """How many samples of each of its groups the first process draws."""
+    size = config.rollout.num_generations
+    whole, rest = divmod(config.rollout.prompts_per_step * size // processes, size)
+    return [size] * whole + [rest] * (rest > 0)
 
 
 def nearest_geometry(config: RunConfig, processes: int) -> dict[str, int]:
@@ -51,8 +67,9 @@ def nearest_geometry(config: RunConfig, processes: int) -> dict[str, int]:
     A micro-batch only shrinks: memory is reckoned for it.
     """
     rollout, optim = config.rollout, config.optim
-    groups = max(1, round(rollout.prompts_per_step / processes)) * processes
-    samples = groups // processes * rollout.num_generations
+    multiple = _multiple(rollout.num_generations, processes)
+    groups = max(1, round(rollout.prompts_per_step / multiple)) * multiple
+    samples = groups * rollout.num_generations // processes
     share = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
     share = min(_divisors(samples), key=lambda d: (abs(d - share), d))
     fitting = [d for d in _divisors(share) if d <= optim.per_device_train_batch_size]

@@ -46,14 +46,31 @@ class MetricsLog:
         """
         if not self.accelerator.is_main_process:
             return
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "stage": part, **finite}) + "\n")
+        self._append({"step": step, "stage": part}, metrics)
         told = metrics if self.alone else {f"{part}/{k}": v for k, v in metrics.items()}
         self.accelerator.log(told, step=step)
         if (step - 1) % self.images_every == 0:
             grid = image_grid([i for r in rollouts for i in r.images], len(rollouts[0]))
             self._write_images(grid, step)
+
+    def write_evaluation(self, id: str, metrics: dict[str, float], step: int) -> None:
+        """Of the held-out prompts after step `step`, a line of its own; `id`: what it may be
+        compared with."""
+        if self.accelerator.is_main_process:
+            self._append({"step": step, "stage": "eval", "evaluation": id}, metrics)
+            self.accelerator.log(metrics, step=step)
+
+    def has_evaluation(self, id: str, step: int) -> bool:
+        """Whether the steps before have it; the main process knows."""
+        return any(s["step"] == step and s.get("evaluation") == id for s in self.history)
+
+    def has_other_evaluations(self, id: str) -> bool:
+        return any(s.get("evaluation", id) != id for s in self.history)
+
+    def _append(self, line: dict, metrics: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | finite) + "\n")
 
     def _write_images(self, grid: Image.Image, step: int) -> None:
         (self.folder / "images").mkdir(exist_ok=True)

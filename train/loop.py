@@ -6,7 +6,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from duet.configs.schema import RunConfig
+from duet.inference.together import from_main
 from duet.train.advantages import group_advantages
+from duet.train.best import Best
 from duet.train.bulletin import Bulletin
 from duet.train.collect import collect
 from duet.train.endings import Endings, heed_alarm, require_scores
@@ -16,6 +18,7 @@ from duet.train.lock import alone
 from duet.train.log import MetricsLog
 from duet.train.run import Training
 from duet.train.run_folder import record_start
+from duet.train.selection import Selection
 from duet.train.setup import prepare
 from duet.train.skipped import keep_samples, require_updates
 from duet.train.step_metrics import step_metrics
@@ -34,8 +37,11 @@ def train(config: RunConfig) -> Path:
     if main:
         record_start(config, training.start.step)
     journal = Journal(Path(config.output_dir), main)
+    best = Best(config, training.held_out.id)
+    before = (training.start.checkpoint or log.path).parent  # where its checkpoints lie
+    from_main(training.accelerator, lambda: best.recall(log.history, before))
     try:
-        with Endings(training, journal) as endings:
+        with Endings(training, journal, best) as endings:
             return _steps(training, log, journal, endings)
     finally:
         journal.close()
@@ -46,6 +52,8 @@ def _steps(training: Training, log: MetricsLog, journal: Journal, endings: Endin
     watches = {
         part: Watch(run.config.watch, log.history_of(part)) for part, run in training.runs.items()
     }
+    selection = Selection(training, log, journal, endings)
+    selection.resumed()
     last, seen = config.train.max_steps, set()
     steps = range(training.start.step, last)
     bar = tqdm(steps, "train", last, initial=training.start.step, disable=not training.shows)
@@ -69,6 +77,8 @@ def _steps(training: Training, log: MetricsLog, journal: Journal, endings: Endin
         require_updates(run)
         if (step + 1) % config.train.save_steps == 0 or step + 1 == last:
             endings.save()
+        selection.after(step + 1)
         heed_alarm(run, watches[part], journal, metrics)
+    selection.tell()
     bulletin.end({part: watch.steps for part, watch in watches.items()}, endings.newest)
     return endings.newest

@@ -34,6 +34,18 @@ class Judges:
     rewards: Mapping[str, Reward]
     resting: Resting
 
+    def __call__(
+        self, rows: Sequence[Row], made: Sequence[tuple[int, Rollout]]
+    ) -> dict[int, dict[str, list[Answer]]]:
+        """The scores of each row's pictures by its place: NaN where a reward failed, None where
+        it does not apply."""
+        with self.resting.awake():
+            scores = _score(self.rewards, [(rows[place], rollout) for place, rollout in made])
+        return {
+            place: {name: own[n] for name, own in scores.items()}
+            for n, (place, _) in enumerate(made)
+        }
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -83,19 +95,20 @@ def _parts(
     state: PartialState,
 ) -> Iterator[list[Measured]]:
     """Those of this process."""
+    requests = held_out_requests(config, rows)
+    for part in engine.in_parts(requests, state.process_index, state.num_processes):
+        files = {place: list(_write_pictures(rollout, folder, place)) for place, rollout in part}
+        scores = judges(rows, part)
+        yield [Measured(place, own, scores[place]) for place, own in files.items()]
+
+
+def held_out_requests(config: RunConfig, rows: Sequence[Row]) -> list[Request]:
+    """With the same seeds for every model, whoever draws them."""
     size, count = Size.of(config.sampling), config.eval.images_per_prompt
-    requests = [
+    return [
         Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
         for i, row in enumerate(rows)
     ]
-    for part in engine.in_parts(requests, state.process_index, state.num_processes):
-        files = [list(_write_pictures(rollout, folder, place)) for place, rollout in part]
-        with judges.resting.awake():
-            scores = _score(judges.rewards, [(rows[place], rollout) for place, rollout in part])
-        yield [
-            Measured(place, files[i], {name: answers[i] for name, answers in scores.items()})
-            for i, (place, _) in enumerate(part)
-        ]
 
 
 def _write_pictures(rollout: Rollout, folder: Path, place: int) -> Iterator[str]:

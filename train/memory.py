@@ -13,7 +13,7 @@ from duet.inference.shapes import Sizes
 from duet.rewards.sizes import reward_sizes
 from duet.train import workload
 from duet.train.environment import Engine
-from duet.train.geometry import changed, geometry
+from duet.train.geometry import changed, geometry, sizes_on_first
 from duet.train.workload import Scoring, Subject, Work
 
 GIB = 2**30
@@ -105,13 +105,14 @@ def trained_of(config: RunConfig, subject: Subject) -> Trained:
 def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
     """Of a geometry that divides."""
     subject, sampling, sde = subject_of(config, sizes), config.sampling, config.sde
-    groups, count = config.rollout.prompts_per_step // processes, config.rollout.num_generations
-    drawn = engine_batches(groups, count, config.rollout.batch_size)
+    sizes_of_groups = sizes_on_first(config, processes)
+    own = sum(sizes_of_groups)
+    drawn = engine_batches(sizes_of_groups, config.rollout.batch_size)
     # the decoder's priors: one a prompt, all in one call
-    priors = engine_batches(1, groups, config.rollout.batch_size)
+    priors = engine_batches([len(sizes_of_groups)], config.rollout.batch_size)
     written = drawn if config.stage == "ar" else priors
     samples = config.optim.per_device_train_batch_size
-    micro = groups * count // samples * config.grpo.num_iterations
+    micro = own // samples * config.grpo.num_iterations
     window = sde.window_size if config.stage == "decoder" else 1
     at_once = min(window, config.optim.steps_per_backward or window)
     return Step(
@@ -121,7 +122,7 @@ def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
         workload.latents(subject, sampling, max(drawn)),
         len(drawn),
         workload.pixels(subject, sampling),
-        groups * count,
+        own,
         workload.update(subject, Scoring(sampling, sde, samples, at_once), config.grpo.beta > 0),
         micro * (window // at_once),
         workload.scoring(subject, Scoring(sampling, sde, samples, window)),
@@ -136,15 +137,19 @@ def _rescored(config: RunConfig, processes: int) -> bool:
     return config.old_logprobs_of == "trainer" and not single
 
 
-def engine_batches(groups: int, samples: int, cap: int) -> list[int]:
-    """Samples of each batch that the engine runs for so many groups, as `collect` packs them."""
-    together = pack([samples] * groups, cap, weight=lambda n: n)
-    return [len(b) for part in together for b in pack(range(len(part) * samples), cap)]
+def engine_batches(sizes: Sequence[int], cap: int) -> list[int]:
+    """Samples of each batch that the engine runs for groups of these sizes, as `collect` packs
+    them."""
+    together = pack(sizes, cap, weight=lambda n: n)
+    return [len(b) for part in together for b in pack(range(sum(sizes[i] for i in part)), cap)]
 
 
 def phases(config: RunConfig, step: Step, processes: int, engine: Engine = "ddp") -> list[Phase]:
     """In their order; rewards are scored beside the sampling of the next batch."""
     subject, rewards = step.subject, (*config.rewards, *config.watch.rewards)
+    evaluates = config.train.eval_steps is not None
+    if evaluates:
+        rewards += config.eval.rewards
     trained, parts = trained_of(config, subject), Parts.of(engine, processes)
     always = {
         "optimizer state": (trained.states + parts.masters) * trained.copy // parts.state,
@@ -174,6 +179,14 @@ def phases(config: RunConfig, step: Step, processes: int, engine: Engine = "ddp"
 
     gradients = {"gradients": trained.copy // parts.state}
     own = (component,)
+    held_out = []
+    if evaluates:
+        asked = subject, config.sampling, config.rollout.batch_size
+        tokens, latents = workload.tokens(*asked).held, workload.latents(*asked).held
+        held_out = [
+            phase("held-out tokens", ("vision_language_encoder",), tokens),
+            phase("held-out latents", DECODER_PARTS, latents),
+        ]
     backward, forward = step.update.held, step.rescore.held
     return [
         phase("AR tokens", ("vision_language_encoder",), step.tokens.held),
@@ -186,6 +199,7 @@ def phases(config: RunConfig, step: Step, processes: int, engine: Engine = "ddp"
         phase(
             "optimizer step", own, gradients | {"working set": trained.copy // parts.state}, True
         ),
+        *held_out,
     ]
 
 

@@ -78,9 +78,7 @@ def reward_metrics(
     does not apply, the sum is that of the others, and none where no other does. Shares of all
     samples: `rewards/<name>/not_scored` and `not_applicable`. What nothing is left of is NaN.
     """
-    total = weighted(scores, weights).sum(-1)
-    asked = ((scores != NOT_APPLICABLE) & (weights != 0)).any(-1) | (weights == 0).all()
-    total = total.where(asked, math.nan)
+    total = total_reward(scores, weights)
     stds = torch.stack([_std(total[group_ids == g]) for g in group_ids.unique()])
     metrics = {"reward": float(total.nanmean()), "reward_std": float(stds.nanmean())}
     for i, name in enumerate(names):
@@ -91,6 +89,12 @@ def reward_metrics(
         without = (column == NOT_APPLICABLE).float().mean()
         metrics[f"rewards/{name}/not_applicable"] = float(without)
     return metrics
+
+
+def total_reward(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of each sample's scores [B, R]: NaN with a NaN, and where none applies."""
+    asked = ((scores != NOT_APPLICABLE) & (weights != 0)).any(-1) | (weights == 0).all()
+    return weighted(scores, weights).sum(-1).where(asked, math.nan)
 
 
 def score_mean(column: torch.Tensor) -> float:

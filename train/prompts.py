@@ -1,7 +1,7 @@
 """The groups of prompts that a rollout draws."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from duet.rewards.wanted_text import unseen_texts
 
 @dataclass(frozen=True)
 class Group:
-    """The samples of one prompt in one rollout."""
+    """The samples of one prompt in one rollout, or those of them that one process draws."""
 
     id: int  # unique in the run
     row: Row
@@ -19,6 +19,7 @@ class Group:
     fixed_seed: int  # for what is held fixed within the group
     index: int  # of its row
     epoch: int  # how often the rows were walked before
+    first: int = 0  # which of the whole group's samples the first of these is
 
 
 def derive_seed(*parts: int) -> int:
@@ -55,8 +56,21 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def shard(groups: Sequence[Group], rank: int, world_size: int) -> list[Group]:
-    """This process's whole groups; the caller has checked that they divide evenly."""
-    return list(groups[rank::world_size])
+    """This process's samples; the caller has checked that they divide evenly.
+
+    Whole groups where these divide too; else consecutive samples, so that few groups, and these
+    on neighbours, stand on several processes.
+    """
+    if len(groups) % world_size == 0:
+        return list(groups[rank::world_size])
+    size = len(groups[0].seeds)
+    share = len(groups) * size // world_size
+    own = []
+    for start, group in zip(range(0, len(groups) * size, size), groups, strict=True):
+        low, high = max(rank * share - start, 0), min((rank + 1) * share - start, size)
+        if low < high:
+            own.append(replace(group, seeds=group.seeds[low:high], first=low))
+    return own
 
 
 def untold_text(rows: Sequence[Row]) -> str | None:

@@ -1,6 +1,8 @@
 """The global random states that a checkpoint holds, to go back to."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,3 +33,13 @@ class RandomState:
         torch.set_rng_state(self.torch)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+
+
+@contextmanager
+def unmoved() -> Iterator[None]:
+    """What is drawn within, by a reward or the model, leaves no trace in what is drawn after."""
+    before = RandomState.now()
+    try:
+        yield
+    finally:
+        before.restore()

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 _PICTURES = 24  # prompts shown; the folder holds the rest
 _STRIP = 8  # prompts of the strip before/after
-_CURVES = ("reward", "watch/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
+_CURVES = ("reward", "eval/", "watch/", "kl", "entropy", "ratio/", "frac_reward_zero_std")
 # stand for the page's colours, which matplotlib has no word for
 _INK, _CURVE = "#0a0b0c", "#0d0e0f"
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")

@@ -1,6 +1,5 @@
 """Where a run begins, and what it must agree in with the checkpoint that it goes on from."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from uuid import uuid4
 
 from duet.configs.digests import Damaged
 from duet.configs.errors import UserError, require_folder, tell
-from duet.configs.row import PICTURES, Row
+from duet.configs.row import Row
 from duet.configs.schema import RunConfig
 from duet.configs.turns import turns
 from duet.inference.adapter_files import AdapterInfo
@@ -21,6 +20,8 @@ from duet.inference.provenance import Provenance
 from duet.inference.trained import averaged, check_trained
 from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
 from duet.train.metrics import read_metrics
+from duet.train.resized import SHARE, what_changes
+from duet.train.row_digest import row_digest
 
 # what the optimizer, the schedule, the order of the prompts and the actions were made for
 _KEPT = (
@@ -47,6 +48,10 @@ _TOLD = (
     "rewards",
     "grpo",
     "train.max_steps",
+    "train.eval_steps",
+    "train.metric_for_best_model",
+    "data.eval",
+    "eval",
     "rollout.prior_cache",
     "rollout.priors_per_prompt",
 )
@@ -66,15 +71,7 @@ def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
     """Raises UserError for a model that is not there."""
     folder = model_folder(config.model.path)
     model = {name: fingerprint(folder / name) for name in COMPONENTS}
-    digest = hashlib.sha256()
-    for row in rows:  # a picture by its name: a data set may be moved
-        named = {k: _name(v) if k in PICTURES else v for k, v in row.items()}
-        digest.update(json.dumps(named, sort_keys=True, default=repr).encode() + b"\n")
-    return Inputs(model, digest.hexdigest())
-
-
-def _name(picture: Any) -> str:
-    return Path(picture).name if isinstance(picture, str) else "the dataset's own"
+    return Inputs(model, row_digest(rows))
 
 
 def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
@@ -109,6 +106,9 @@ def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
     if changes:
         told = ", ".join(f"{name} {was!r} -> {now!r}" for name, was, now in changes)
         tell(f"changed since {path.name}: {told}")
+    if position.num_processes != processes:
+        before, now = position.num_processes, _used(config)
+        tell(f"{path.name} {what_changes(position.config, before, now, processes)}")
     same_run = path.resolve().parent == output_dir.resolve()
     return Start(position.run_id if same_run else uuid4().hex, inputs, path, position.step)
 
@@ -149,12 +149,10 @@ def _require_agreement(
         raise UserError(
             f"{checkpoint} is of stage {position.stage!r}, the config of {'+'.join(parts)!r}"
         )
-    if position.num_processes != processes:  # the schedule counts updates, each has its RNG
-        raise UserError(
-            f"{processes} processes, but {checkpoint} was trained with "
-            f"{position.num_processes}: launch that many"
-        )
+    resized = position.num_processes != processes
     for name, was, now in _changes(position, config, _KEPT):
+        if resized and _TURN.sub("", name) in SHARE:
+            continue
         raise UserError(
             f"{name} = {now!r}, but {checkpoint} was trained with {was!r}: "
             "give that to go on, or begin a new run in another output_dir"

@@ -12,6 +12,7 @@ from duet.configs.row import Row
 from duet.configs.schema import RunConfig
 from duet.configs.turns import part_at
 from duet.train.geometry import Geometry
+from duet.train.held_out import HeldOut
 from duet.train.policy import Policy
 from duet.train.resume import Start
 from duet.train.scoring import Scorer
@@ -57,6 +58,7 @@ class Training:
     runs: Mapping[str, Run]  # by part
     start: Start
     signals: Signals
+    held_out: HeldOut
 
     def at(self, step: int) -> Run:
         """Whose rollout the step is, counted from 0."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from duet.configs.best_metric import held_out_rewards
+from duet.configs.errors import UserError
 from duet.configs.schema import RewardConfig, RunConfig
 from duet.inference.batching import pack
 from duet.inference.rollout import Rollout
@@ -17,6 +19,7 @@ from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
 from duet.rewards.resting import Resting
 from duet.train.advantages import NOT_APPLICABLE
+from duet.train.measurement import Judges
 from duet.train.prompts import Group
 
 
@@ -61,8 +64,16 @@ class Scorer:
         return Scores(columns(self.trained), columns(self.watched))
 
 
-def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
-    """A turn's rewards with their weights, by its part; what two ask for alike is loaded once.
+@dataclass(frozen=True)
+class Loaded:
+    """All rewards of a run: what two of its parts ask for alike is there once."""
+
+    scorers: Mapping[str, Scorer]  # by part
+    judges: Judges | None  # of held-out pictures; None: the run evaluates none
+
+
+def load_scorers(config: RunConfig, parts: Mapping[str, RunConfig]) -> Loaded:
+    """Rewards with their weights; `parts`: the config as each turn has it.
 
     Raises UserError, with a reward's name.
     """
@@ -79,14 +90,30 @@ def load_scorers(configs: Mapping[str, RunConfig]) -> dict[str, Scorer]:
     def named(asked: Sequence[RewardConfig]) -> dict[str, Reward]:
         return {reward.metric_name: find(reward) for reward in asked}
 
-    made = {}
-    for part, config in configs.items():
-        trained, watched = named(config.rewards), named(config.watch.rewards)
-        resting = Resting([*trained.items(), *watched.items()], config.model.offload)
-        made[part] = Scorer(trained, watched, resting)
-    for scorer in made.values():  # now that each turn knows where its rewards are at home
-        scorer.resting.rest()
-    return made
+    offload, scorers, judges = config.model.offload, {}, None
+    for part, own in parts.items():
+        trained, watched = named(own.rewards), named(own.watch.rewards)
+        resting = Resting([*trained.items(), *watched.items()], offload)
+        scorers[part] = Scorer(trained, watched, resting)
+    if config.train.eval_steps is not None:
+        rewards = named(held_out_rewards(config))
+        judges = Judges(rewards, Resting(rewards.items(), offload))
+    # now that all know where their rewards are at home
+    for each in filter(None, (*scorers.values(), judges)):
+        each.resting.rest()
+    return Loaded(scorers, judges)
+
+
+def require_whole_groups(scorer: Scorer, config: RunConfig, processes: int) -> None:
+    """For samples of a group on several processes. Raises UserError for a reward that compares
+    those of a whole one."""
+    for name, reward in (*scorer.trained.items(), *scorer.watched.items()):
+        if getattr(reward, "whole_groups", False):
+            raise UserError(
+                f"reward {name!r} scores whole groups, and rollout.prompts_per_step = "
+                f"{config.rollout.prompts_per_step} over {processes} processes draws samples of "
+                f"one group on several: give a multiple of {processes}, or leave the reward out"
+            )
 
 
 def _column(answers: Sequence[Answer]) -> Tensor:

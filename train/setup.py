@@ -25,6 +25,7 @@ from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.environment import engine, processes_alone, require_own_settings
 from duet.train.geometry import geometry
+from duet.train.held_out import HeldOut, evaluation_id
 from duet.train.memory import require_fit
 from duet.train.policy import Policy
 from duet.train.prior_cache import PriorCache, check_cache
@@ -34,7 +35,7 @@ from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
 from duet.train.run import Run, Training
-from duet.train.scoring import load_scorers
+from duet.train.scoring import load_scorers, require_whole_groups
 from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
 from duet.train.trackers import prepare_trackers, tracker_arguments
@@ -68,7 +69,10 @@ def prepare(config: RunConfig) -> Training:
     for each in (rows, held_out):
         check_prompts(outline, each, size, show)
     unread = _unread(parts, rows, start, accelerator)
-    scorers = load_scorers(parts)
+    loaded = load_scorers(config, parts)
+    for name, part in parts.items():
+        if divided[name].spread:
+            require_whole_groups(loaded.scorers[name], part, processes)
     set_seed(config.seed)
     pipeline = _pipeline(config, accelerator, unread)
     stages = {
@@ -88,14 +92,15 @@ def prepare(config: RunConfig) -> Training:
             stages[name],
             policies[name],
             policies,
-            scorers[name],
+            loaded.scorers[name],
             torch.tensor([r.weight for r in part.rewards]),
             rows,
             signals,
         )
         for name, part in parts.items()
     }
-    training = Training(config, accelerator, runs, start, signals)
+    judged = HeldOut(held_out, loaded.judges, evaluation_id(config, held_out))
+    training = Training(config, accelerator, runs, start, signals, judged)
     if start.checkpoint:
         load_checkpoint(policies, start.checkpoint)
     first = next(iter(runs.values()))  # what is judged is what trains
@@ -117,13 +122,14 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
 def _unread(
     parts: Mapping[str, RunConfig], rows: Sequence[Row], start: Start, accelerator: Accelerator
 ) -> list[str]:
-    """The AR, where a cache gives the decoder's priors; that it is this run's is checked here."""
+    """The AR, where a cache gives the decoder's priors and no held-out prompt asks for others;
+    that the cache is this run's is checked here."""
     decoder = parts.get(DECODER.name)
     if decoder is None or PriorCache.of(decoder) is None:
         return []
     ar = start.inputs.model[AR.component]
     from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar), rows))
-    return [AR.component]
+    return [AR.component] if decoder.train.eval_steps is None else []
 
 
 def _pipeline(

@@ -52,8 +52,13 @@ class Stage(Protocol):
     engine: Engine
     size: Size
 
-    def requests(self, groups: Sequence[Group]) -> list[Request]:
-        """What a step asks of the engine, all its groups at once."""
+    def priors(self, groups: Sequence[Group]) -> list[Tensor | None]:
+        """The prior tokens int64 [h * w] that a group's samples share: the decoder's."""
+
+    def requests(
+        self, groups: Sequence[Group], priors: Sequence[Tensor | None] | None = None
+    ) -> list[Request]:
+        """What a step asks of the engine, all its groups at once; `priors`: if made before."""
 
     def window(self, step: int) -> range:
         """The SDE steps of a rollout."""
@@ -89,7 +94,12 @@ class ArStage:
         self.engine = engine
         self.size = Size.of(config.sampling)
 
-    def requests(self, groups: Sequence[Group]) -> list[Request]:
+    def priors(self, groups: Sequence[Group]) -> list[None]:
+        return [None for _ in groups]
+
+    def requests(
+        self, groups: Sequence[Group], priors: Sequence[None] | None = None
+    ) -> list[Request]:
         return [_request(self.engine, group, self.size) for group in groups]
 
     def window(self, step: int) -> range:
@@ -135,15 +145,19 @@ class DecoderStage:
         self.size = Size.of(config.sampling)
         self.cache = PriorCache.of(config)
 
-    def requests(self, groups: Sequence[Group]) -> list[Request]:
+    def requests(
+        self, groups: Sequence[Group], priors: Sequence[Tensor] | None = None
+    ) -> list[Request]:
         asked = [_request(self.engine, group, self.size) for group in groups]
-        priors = self._priors(groups) if self.cache is None else map(self.cache.prior, groups)
-        return [replace(r, prior=prior) for r, prior in zip(asked, priors, strict=True)]
+        given = self.priors(groups) if priors is None else priors
+        return [replace(r, prior=prior) for r, prior in zip(asked, given, strict=True)]
 
-    def _priors(self, groups: Sequence[Group]) -> list[Tensor]:
+    def priors(self, groups: Sequence[Group]) -> list[Tensor]:
+        if self.cache is not None:
+            return [self.cache.prior(group) for group in groups]
         rows, seeds = [g.row for g in groups], [(g.fixed_seed,) for g in groups]
         made = make_priors(self.engine, self.size, self.config.rollout.priors, rows, seeds)
-        return [prior[0] for prior in made]
+        return [prior[0].cpu() for prior in made]
 
     def window(self, step: int) -> range:
         """One window for all groups of a step, so within each group too."""

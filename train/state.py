@@ -5,11 +5,12 @@ number of processes and another engine can read them.
 """
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import load
+from accelerate.utils import load, set_seed
 
 from duet.configs.errors import UserError, first_line
 from duet.train.sharding import Sharding
@@ -36,20 +37,25 @@ def save_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoi
 def load_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoint: Path) -> None:
     """Raises UserError for a damaged checkpoint."""
     state = checkpoint / _FOLDER
+    rank, first = accelerator.process_index, state / "random_states_0.pkl"
+    own = state / f"random_states_{rank}.pkl"
     try:
         # accelerate passes over random states that it cannot read
-        load(state / f"random_states_{accelerator.process_index}.pkl")
+        load(own if own.exists() else first)
         load_accelerator_state(
             str(state),
             [],
             list(shardings),
             [s.scheduler for s in shardings],
             [],
-            accelerator.process_index,
+            rank,
             accelerator.scaler,
             "cpu",
             load_kwargs={"mmap": True},  # each process takes its part alone
         )
+        if not own.exists():  # more processes than wrote it: states like no other's
+            drawn = sha256(first.read_bytes() + str(rank).encode()).digest()
+            set_seed(int.from_bytes(drawn[:4]))
     except Exception as error:  # torch, pickle and zip readers each raise their own kinds
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is damaged ({first_line(error)}): resume from another"

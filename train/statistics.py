@@ -46,6 +46,11 @@ def _estimate(tables: Sequence[np.ndarray], config: EvalConfig) -> Estimate:
     )
 
 
+def mean_over_prompts(scores: Sequence) -> float | None:
+    """The mean that `summarise` tells of [prompts, images] scores."""
+    return _mean(_prompt_means(np.array(scores, dtype=float)))
+
+
 def _prompt_means(table: np.ndarray) -> np.ndarray:
     """[prompts, images] -> [prompts], over the pictures that were scored; NaN where none was."""
     known = ~np.isnan(table)

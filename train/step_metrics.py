@@ -1,6 +1,7 @@
 """What a step logs besides what its updates do: rewards, looks, seconds."""
 
 import torch
+from accelerate.utils import gather_object
 
 from duet.inference.together import gather_rows
 from duet.train.advantages import Advantages
@@ -8,7 +9,7 @@ from duet.train.collect import Collected
 from duet.train.learn import Learned
 from duet.train.metrics import reward_metrics, score_mean
 from duet.train.run import Run
-from duet.train.watch import image_metrics
+from duet.train.watch import Look, image_metrics
 
 
 def step_metrics(
@@ -21,10 +22,9 @@ def step_metrics(
         scores.table, run.weights, names, collected.all_group_ids
     )
     metrics |= {f"watch/{n}/mean": score_mean(v) for n, v in scores.watched.items()}
-    looks = image_metrics(r.images for r in collected.rollouts)
-    looks["frac_reward_zero_std"] = advantages.frac_reward_zero_std
-    means = gather_rows(run.accelerator, torch.tensor([list(looks.values())])).mean(0).tolist()
-    metrics |= dict(zip(looks, means, strict=True))
+    looks = gather_object([Look.of(i) for r in collected.rollouts for i in r.images])
+    metrics |= image_metrics(looks, collected.all_group_ids.tolist())
+    metrics |= {"frac_reward_zero_std": advantages.frac_reward_zero_std}
     seconds = {
         "rollout": sampled.rollout_seconds,
         "reward": sampled.reward_seconds,

@@ -5,7 +5,8 @@ within a group.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -63,20 +64,35 @@ class Watch:
 _DRIFTING = ("images/sharpness", "images/saturation", "images/diversity")
 
 
-def image_metrics(groups: Iterator[Sequence[Image.Image]]) -> dict[str, float]:
-    """Means over pictures (sharpness, saturation) and over groups (diversity).
+@dataclass(frozen=True)
+class Look:
+    """What of a picture tells how pictures drift."""
 
-    Saturation: HSV's, in [0, 1]. Diversity: root mean square difference of two
-    thumbnails of a group, in [0, 1].
+    sharpness: float
+    saturation: float  # HSV's, in [0, 1]
+    thumbnail: np.ndarray  # uint8 [h, w, 3]
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Look":
+        saturation = np.asarray(image.convert("HSV"))[..., 1].mean() / 255
+        thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.BOX))
+        return cls(sharpness(image), float(saturation), thumbnail)
+
+
+def image_metrics(looks: Sequence[Look], groups: Sequence[int]) -> dict[str, float]:
+    """Means over pictures (sharpness, saturation) and over groups (diversity); `groups`: whose
+    each picture is.
+
+    Diversity: root mean square difference of two thumbnails of a group, in [0, 1].
     """
-    sharp, saturation, diversity = [], [], []
-    for images in groups:
-        for image in images:
-            sharp.append(sharpness(image))
-            saturation.append(np.asarray(image.convert("HSV"))[..., 1].mean() / 255)
-        small = [np.asarray(i.resize(_THUMBNAIL, Image.BOX), dtype=float) / 255 for i in images]
-        pairs = [np.sqrt(np.square(a - b).mean()) for a, b in combinations(small, 2)]
-        diversity.append(np.mean(pairs))
+    small: dict[int, list[np.ndarray]] = {}
+    for look, group in zip(looks, groups, strict=True):
+        small.setdefault(group, []).append(look.thumbnail.astype(float) / 255)
+    diversity = [
+        np.mean([np.sqrt(np.square(a - b).mean()) for a, b in combinations(own, 2)])
+        for own in small.values()
+    ]
+    sharp, saturation = [look.sharpness for look in looks], [look.saturation for look in looks]
     named = zip(_DRIFTING, (sharp, saturation, diversity), strict=True)
     return {name: float(np.mean(values)) for name, values in named}
 
