@@ -16,7 +16,7 @@ class Placement:
     def __init__(self, pipeline: GlmImagePipeline, config: ModelConfig | None = None) -> None:
         """`config`: None leaves the parts where they are."""
         self.pipeline, self.moves = pipeline, config is not None and config.offload == "phase"
-        self.device = pick_device(config.device) if self.moves else pipeline.device
+        self.device = pick_device(config.device) if self.moves else pipeline.vae.device
         self.fixed: set[str] = set()  # components that stay on the device
 
     def bring(self, *needed: str) -> None:

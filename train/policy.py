@@ -18,6 +18,7 @@ from duet.configs.schema import AverageConfig, OptimConfig
 from duet.inference.adapters import adapter_disabled
 from duet.inference.together import together
 from duet.inference.trained import AVERAGE
+from duet.inference.weights import fill_weights
 from duet.train.average import Average
 from duet.train.dropout import lora_dropout
 from duet.train.engines import chosen_sharding
@@ -46,9 +47,10 @@ class Policy:
         optim: OptimConfig,
         updates: int,
         average: AverageConfig | None = None,
+        source: Path | None = None,
     ) -> None:
         """`module`: the part itself, frozen; `updates`: of the whole run, for the learning
-        rate's schedule.
+        rate's schedule; `source`: the folder of the weights of a module that has none yet.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
         began = tuning.attach(module)
@@ -63,6 +65,9 @@ class Policy:
         )
         scheduler = make_schedule(optimizer, optim, updates)
         self.sharding.prepare(optimizer, scheduler, optim.max_grad_norm)
+        if source is not None:
+            fill_weights(module, source, self.sharding)
+            self.sharding.settle()
         self.initial = None if began is None else copies(self.held)  # as it began
         self.average = None if average is None else Average(average, self.held)
         self.skipped_in_a_row = 0  # updates

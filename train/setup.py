@@ -8,21 +8,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import GlmImagePipeline
+from torch.nn import Module
 
 from duet.configs.errors import UserError, tell
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.configs.turns import rollouts_of, trained_rewards, turns
+from duet.inference.empty import build_empty, weights_of
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.outline import read_outline
-from duet.inference.parts import AR, DECODER
+from duet.inference.parts import AR, DECODER, PARTS
 from duet.inference.prompt_check import check_prompts
 from duet.inference.together import from_main
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
+from duet.train.engines import chosen_sharding
 from duet.train.environment import engine, processes_alone, require_own_settings
 from duet.train.geometry import geometry
 from duet.train.held_out import HeldOut, evaluation_id
@@ -74,15 +77,18 @@ def prepare(config: RunConfig) -> Training:
         if divided[name].spread:
             require_whole_groups(loaded.scorers[name], part, processes)
     set_seed(config.seed)
-    pipeline = _pipeline(config, accelerator, unread)
+    empty = _empty(parts, accelerator)
+    pipeline = _pipeline(config, accelerator, unread, empty)
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
+    if not chosen_sharding().movable:  # whatever `model.offload` moves
+        for stage in stages.values():
+            stage.engine.placement.fixed |= {PARTS[name].component for name in parts}
     policies = {
-        name: _policy(part, stages[name], accelerator, start, divided[name].updates)
+        name: _policy(part, stages[name], accelerator, start, divided[name].updates, name in empty)
         for name, part in parts.items()
     }
-    _hold(policies, stages)
     signals = Signals()
     runs = {
         name: Run(
@@ -132,15 +138,38 @@ def _unread(
     return [AR.component] if decoder.train.eval_steps is None else []
 
 
+def _empty(parts: Mapping[str, RunConfig], accelerator: Accelerator) -> dict[str, Module]:
+    """Parts that are built without weights, since no process is to hold all of them."""
+    made = {}
+    for name, config in parts.items():
+        container = chosen_sharding().container(accelerator.device)
+        if config.tuning == "full" and container is not None:
+            made[name] = build_empty(config.model.path, PARTS[name], container)
+    return made
+
+
 def _pipeline(
-    config: RunConfig, accelerator: Accelerator, unread: Sequence[str]
+    config: RunConfig,
+    accelerator: Accelerator,
+    unread: Sequence[str],
+    empty: Mapping[str, Module],
 ) -> GlmImagePipeline:
     model = config.model
-    return load_pipeline(model.path, model.dtype, str(accelerator.device), model.offload, unread)
+    made = {PARTS[name].component: module for name, module in empty.items()}
+    device, left_out = str(accelerator.device), [*unread, *made]
+    pipeline = load_pipeline(model.path, model.dtype, device, model.offload, left_out)
+    for component, module in made.items():
+        setattr(pipeline, component, module)
+    return pipeline
 
 
 def _policy(
-    config: RunConfig, stage: Stage, accelerator: Accelerator, start: Start, updates: int
+    config: RunConfig,
+    stage: Stage,
+    accelerator: Accelerator,
+    start: Start,
+    updates: int,
+    empty: bool,
 ) -> Policy:
     part, sampler = stage.part, stage.engine
     tuning = tuning_of(config, start.inputs.model[part.component])
@@ -148,15 +177,8 @@ def _policy(
     sampler.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, part.block)
-    return Policy(accelerator, module, tuning, config.optim, updates, config.average)
-
-
-def _hold(policies: Mapping[str, Policy], stages: Mapping[str, Stage]) -> None:
-    """What lies in parts stays where it is, whatever `model.offload` moves."""
-    for name, policy in policies.items():
-        if not policy.sharding.movable:
-            for stage in stages.values():
-                stage.engine.placement.fixed.add(stages[name].part.component)
+    source = weights_of(config.model.path, part) if empty else None
+    return Policy(accelerator, module, tuning, config.optim, updates, config.average, source)
 
 
 # torch's new name for it means something else, and accelerate passes on the old one alone

@@ -14,7 +14,6 @@ from duet.inference.filling import Filling
 from duet.inference.parts import Part
 from duet.inference.provenance import Provenance
 from duet.inference.weights import restore_weights, save_weights
-from duet.train.swap import copies
 
 
 class Tuning(Protocol):
@@ -72,9 +71,8 @@ class Full:
     folder = "weights"
 
     def attach(self, module: Module) -> list[Tensor]:
-        initial = copies(passed(module, self.info.part))
         train_whole(module, self.info.part)
-        return initial
+        return []
 
     def write(self, module: Module, folder: Path) -> None:
         save_weights(module, folder, self.info)

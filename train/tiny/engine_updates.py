@@ -100,7 +100,8 @@ def _skips(training: Training) -> bool:
     collected = collect(run, 0)
     before = [value.detach().clone() for value in policy.held]
     last = accelerator.process_index == accelerator.num_processes - 1
-    gains = torch.full([len(collected.group_ids)], torch.nan if last else 1.0)
+    samples = sum(map(len, collected.rollouts))
+    gains = torch.full([samples], torch.nan if last else 1.0)
     learn(run, collected.rollouts, gains, first=False)
     same = all(map(torch.equal, before, policy.held)) and policy.skipped_in_a_row == 1
     return all(gather_object([same]))
