@@ -24,6 +24,11 @@ class ModelConfig(Section):
     offload: Literal["none", "phase"] = setting(
         "phase: parts and reward models that a phase does not need wait on the CPU", "none"
     )
+    adapters: tuple[str, ...] = setting(
+        "checkpoints to begin with, adapters or full weights of either part: a trained part goes "
+        "on from its own, with a fresh optimizer",
+        (),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Inputs:
 
     model: dict[str, str]  # fingerprints of the weights, by component
     data: str  # digest of the training rows
+    adapters: dict[str, str] = field(default_factory=dict)  # digests of what parts begin with
 
 
 @dataclass(frozen=True)

@@ -37,16 +37,21 @@ class Tuning(Protocol):
 
 @dataclass(frozen=True)
 class Lora:
-    """A fresh adapter; the module itself stays as it was loaded."""
+    """A fresh adapter, or the `given` one; the module itself stays as it was loaded."""
 
     info: AdapterInfo
+    given: str | None = None  # of the same settings
     folder = "adapter"
 
-    def attach(self, module: Module) -> None:
+    def attach(self, module: Module) -> list[Tensor] | None:
         lora = self.info.lora
         add_adapter(
             module, self.info.part, lora.rank, lora.alpha, lora.target_modules, lora.dropout
         )
+        if self.given is None:
+            return None
+        restore_adapter(module, self.given)
+        return copies([p for p in module.parameters() if p.requires_grad])
 
     def write(self, module: Module, folder: Path) -> None:
         save_adapter(module, folder, self.info)
@@ -57,14 +62,18 @@ class Lora:
 
 @dataclass(frozen=True)
 class Full:
-    """All parameters that a training forward passes. The module is float32 then, whatever the
-    dtype of the frozen parts: AdamW needs float32 masters, and mixed precision is autocast's.
+    """All parameters that a training forward passes, from their `given` values on. The module is
+    float32 then, whatever the dtype of the frozen parts: AdamW needs float32 masters, and mixed
+    precision is autocast's.
     """
 
     info: Provenance
+    given: str | None = None
     folder = "weights"
 
     def attach(self, module: Module) -> list[Tensor]:
+        if self.given is not None:
+            restore_weights(module, self.given)
         initial = copies(passed(module, self.info.part))
         train_whole(module, self.info.part)
         return initial
@@ -88,9 +97,10 @@ def train_whole(module: Module, part: Part) -> None:
         parameter.requires_grad = True
 
 
-def tuning_of(config: RunConfig, base: str) -> Tuning:
-    """As a run's config has it; `base`: the fingerprint of its part."""
+def tuning_of(config: RunConfig, base: str, given: str | None = None) -> Tuning:
+    """As a run's config has it; `base`: the fingerprint of its part; `given`: the folder of what it
+    begins with."""
     told = config.stage, config.model.path, base, config.arithmetic
     if config.tuning == "full":
-        return Full(Provenance(*told))
-    return Lora(AdapterInfo(*told, config.lora))
+        return Full(Provenance(*told), given)
+    return Lora(AdapterInfo(*told, config.lora), given)
