@@ -1,7 +1,7 @@
 """Memory on the device by phase and by what holds it, counted before any weight is read."""
 
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from duet.inference.shapes import Sizes
 from duet.rewards.sizes import reward_sizes
 from duet.train import workload
 from duet.train.geometry import changed, geometry
+from duet.train.prior_cache import PriorCache
 from duet.train.workload import Scoring, Subject, Work
 
 GIB = 2**30
@@ -51,7 +52,7 @@ class Step:
     """The pieces of a process's step, and how often each is done."""
 
     subject: Subject
-    tokens: Work
+    tokens: Work | None  # None: prior tokens are read from a cache, and no AR
     token_batches: int
     latents: Work
     latent_batches: int
@@ -59,8 +60,15 @@ class Step:
     pictures: int
     update: Work
     updates: int  # forward and backward passes
+    reference: Work | None  # None: no KL is asked for
+    references: int  # forwards for it, once a step for all passes
     rescore: Work
     rescores: int  # forwards for old log-probs
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The components whose weights are read."""
+        return COMPONENTS if self.tokens else DECODER_PARTS
 
 
 def subject_of(config: RunConfig, sizes: Sizes) -> Subject:
@@ -88,21 +96,25 @@ def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
     priors = engine_batches(1, groups, config.rollout.batch_size)
     written = drawn if config.stage == "ar" else priors
     samples = config.optim.per_device_train_batch_size
-    micro = groups * count // samples * config.grpo.num_iterations
+    micro = groups * count // samples
     window = sde.window_size if config.stage == "decoder" else 1
     at_once = min(window, config.optim.steps_per_backward or window)
+    piece, whole = (Scoring(sampling, sde, samples, steps) for steps in (at_once, window))
+    pieces = micro * (window // at_once)
     return Step(
         subject,
-        workload.tokens(subject, sampling, max(written)),
+        workload.tokens(subject, sampling, max(written)) if PriorCache.of(config) is None else None,
         len(written),
         workload.latents(subject, sampling, max(drawn)),
         len(drawn),
         workload.pixels(subject, sampling),
         groups * count,
-        workload.update(subject, Scoring(sampling, sde, samples, at_once), config.grpo.beta > 0),
-        micro * (window // at_once),
-        workload.scoring(subject, Scoring(sampling, sde, samples, window)),
-        micro // config.grpo.num_iterations if _rescored(config, processes) else 0,
+        workload.update(subject, piece),
+        pieces * config.grpo.num_iterations,
+        workload.scoring(subject, piece, True) if config.grpo.beta > 0 else None,
+        pieces,
+        workload.scoring(subject, whole, False),
+        micro if _rescored(config, processes) else 0,
     )
 
 
@@ -119,52 +131,86 @@ def engine_batches(groups: int, samples: int, cap: int) -> list[int]:
     return [len(b) for part in together for b in pack(range(len(part) * samples), cap)]
 
 
-def phases(config: RunConfig, step: Step, processes: int) -> list[Phase]:
-    """In their order; rewards are scored beside the sampling of the next batch."""
-    subject, rewards = step.subject, (*config.rewards, *config.watch.rewards)
-    trained = trained_of(config, subject)
-    always = {
-        "optimizer state": trained.states * trained.copy,
-        "copies of the trained weights": trained.copies * trained.copy,
-        "DDP buckets": trained.copy if processes > 1 else 0,
-        "reward models": reward_sizes(rewards).bytes,
+def phases(
+    config: RunConfig, step: Step, processes: int, beside: Sequence[RunConfig] = ()
+) -> list[Phase]:
+    """In their order; rewards are scored beside the sampling of the next batch.
+
+    `beside`: the configs of the run's other turns, whose weights, optimizer and rewards wait.
+    """
+    subject, offloads = step.subject, config.model.offload == "phase"
+    trained = {
+        each.part.component: trained_of(turn, each)
+        for turn, each in ((c, subject_of(c, subject.sizes)) for c in (config, *beside))
+    }
+    own = trained[subject.part.component]
+    turns = (config,) if offloads else (config, *beside)
+    rewards = reward_sizes(r for t in turns for r in (*t.rewards, *t.watch.rewards))
+    always = _always(trained.values(), processes)
+
+    def phase(name: str, needed: Sequence[str], held: dict[str, int], judged: bool) -> Phase:
+        present = needed if offloads else step.read
+        here = [t for component, t in trained.items() if component in present]
+        frozen = sum(workload.weight_bytes(subject, c) for c in present)
+        weights = {
+            "frozen weights": frozen - sum(t.replaced for t in here),
+            "trained weights": sum(t.copy for t in here),
+        }
+        judges = {"reward models": rewards.bytes if judged or not offloads else 0}
+        return Phase(name, {k: v for k, v in (weights | held | always | judges).items() if v})
+
+    part = (subject.part.component,)
+    gradients = {"gradients": own.copy}
+    compared = {}
+    if step.reference:
+        compared["reference"] = step.references * step.reference.kept["scores"]
+    found = [
+        phase("latents", DECODER_PARTS, step.latents.held, True),
+        phase("pixels", DECODER_PARTS, {"VAE decode": step.pixels.held["working set"]}, True),
+        phase("rewards", DECODER_PARTS, {}, True),
+        phase("old log-probs", part, {"working set": max(step.rescore.peaks)}, False),
+        phase("update", part, gradients | compared | step.update.held, False),
+        # AdamW works on all parameters at once, with one more copy of them
+        phase("optimizer step", part, gradients | compared | {"working set": own.copy}, False),
+    ]
+    if step.tokens:
+        found.insert(0, phase("AR tokens", ("vision_language_encoder",), step.tokens.held, True))
+    if step.reference:
+        forward = {"working set": step.reference.held["working set"]}
+        found.insert(-2, phase("reference", part, compared | forward, False))
+    return found
+
+
+def _always(trained: Collection[Trained], processes: int) -> dict[str, int]:
+    """What is there in every phase."""
+    return {
+        "optimizer state": sum(t.states * t.copy for t in trained),
+        "copies of the trained weights": sum(t.copies * t.copy for t in trained),
+        "DDP buckets": sum(t.copy for t in trained) if processes > 1 else 0,
         "CUDA context, workspaces (assumed)": RESERVE,
     }
-
-    def phase(name: str, needed: Sequence[str], held: dict[str, int]) -> Phase:
-        present = needed if config.model.offload == "phase" else COMPONENTS
-        frozen = sum(workload.weight_bytes(subject, c) for c in present)
-        masters = 0
-        if subject.part.component in present:
-            frozen, masters = frozen - trained.replaced, trained.copy
-        weights = {"frozen weights": frozen, "trained weights": masters}
-        return Phase(name, {k: v for k, v in (weights | held | always).items() if v})
-
-    gradients = {"gradients": trained.copy}
-    own = (subject.part.component,)
-    backward, forward = step.update.held, step.rescore.held
-    return [
-        phase("AR tokens", ("vision_language_encoder",), step.tokens.held),
-        phase("latents", DECODER_PARTS, step.latents.held),
-        phase("pixels", DECODER_PARTS, {"VAE decode": step.pixels.held["working set"]}),
-        phase("rewards", DECODER_PARTS, {}),
-        phase("old log-probs", own, forward),
-        phase("update", own, gradients | backward),
-        # AdamW works on all parameters at once, with one more copy of them
-        phase("optimizer step", own, gradients | {"working set": trained.copy}),
-    ]
 
 
 def peak(found: Sequence[Phase]) -> Phase:
     return max(found, key=lambda phase: phase.total)
 
 
-def savings(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> dict | None:
-    """The settings that make it fit, the cheapest first; None: no setting does."""
+def savings(
+    config: RunConfig,
+    sizes: Sizes,
+    processes: int,
+    memory: int,
+    beside: Sequence[RunConfig] = (),
+) -> dict[str, Any] | None:
+    """The settings that make it fit, the cheapest first; None: no setting does.
+
+    `beside`: as in `phases`.
+    """
 
     def fits(applied: Sequence[dict[str, Any]]) -> bool:
         now = changed(config, dict(ChainMap(*reversed(applied))))
-        return peak(phases(now, step_of(now, sizes, processes), processes)).total <= memory
+        step = step_of(now, sizes, processes)
+        return peak(phases(now, step, processes, beside)).total <= memory
 
     applied: list[dict[str, Any]] = []
     for saving in _savings(config):
@@ -192,9 +238,18 @@ def _savings(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"rollout.batch_size": size}
 
 
-def require_fit(config: RunConfig, sizes: Sizes, processes: int, memory: int) -> None:
-    """Raises UserError where a step needs more than the device's `memory` in bytes."""
-    worst = peak(phases(config, step_of(config, sizes, processes), processes))
+def require_fit(
+    config: RunConfig,
+    sizes: Sizes,
+    processes: int,
+    memory: int,
+    beside: Sequence[RunConfig] = (),
+) -> None:
+    """Raises UserError where a step needs more than the device's `memory` in bytes.
+
+    `beside`: as in `phases`.
+    """
+    worst = peak(phases(config, step_of(config, sizes, processes), processes, beside))
     if worst.total <= memory:
         return
     largest = max(worst.held, key=worst.held.get)

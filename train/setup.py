@@ -66,7 +66,8 @@ def prepare(config: RunConfig) -> Training:
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
         for part in parts.values():
-            require_fit(part, model_folder(config.model.path), processes, memory)
+            beside = [other for other in parts.values() if other is not part]
+            require_fit(part, model_folder(config.model.path), processes, memory, beside)
     outline = read_outline(config.model.path)
     size = Size.of(config.sampling)
     for each in (rows, held_out):
