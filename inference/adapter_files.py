@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duet.configs.digests import Damaged, check_digests, refuse_older
 from duet.configs.errors import UserError
-from duet.configs.schema import LoraConfig
+from duet.configs.policy_schema import LoraConfig
 from duet.inference.binding import is_target
 from duet.inference.provenance import Provenance, damaged, read_provenance, require_base
 

@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.configs.reward_schema import RewardConfig
-from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.configs.turns import turns
 from duet.inference import pictures
 from duet.inference.adapters import add_adapter

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.policy_schema import Arithmetic, LoraConfig
 from duet.configs.rows import load_rows
-from duet.configs.schema import Arithmetic, LoraConfig, OptimConfig, RunConfig
+from duet.configs.schema import OptimConfig, RunConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import add_adapter, save_adapter
 from duet.inference.engine import Engine

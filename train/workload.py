@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.inference import autoregressive, decoder, pictures
 from duet.inference.adapters import adapter_disabled, add_adapter
 from duet.inference.decoding import TokenDecoder, TokenJob
