@@ -5,13 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from duet.configs.errors import UserError
 from duet.configs.outputs import make_folder, require_free, staged, write_new
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
 from duet.configs.turns import trained_rewards, turns
-from duet.inference.adapter_set import joined_adapters
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
@@ -26,6 +24,7 @@ from duet.rewards.answers import Answer
 from duet.rewards.base import Reward, RewardInput, score
 from duet.rewards.registry import load_rewards
 from duet.rewards.resting import Resting
+from duet.train.given import checked
 from duet.train.labels import labels
 from duet.train.lock import locked
 from duet.train.prompts import derive_seed
@@ -49,6 +48,10 @@ def evaluate(
     """Evaluate the base and then each model (a tuple of checkpoints to load together), or with
     `average` the averages of its weights.
 
+    The base is what a run of the config begins with: the model, with its `model.adapters`. Those
+    stay under a checkpoint of the other part, which was trained beside them; a checkpoint of
+    their own part takes their place.
+
     Pictures are written as they are made, and scored with them: memory holds those of one
     batch. With all done, `output` has a folder of them a model, and the results. Every model
     gets the same prompts and seeds, so differences to the base are paired. A policy is run in
@@ -58,7 +61,9 @@ def evaluate(
     """
     rows = rows_of(config, "eval")
     names = [BASE, *labels(models)]
-    adapters = [(), *(tuple(_check_checkpoints(config, model, average)) for model in models)]
+    begun = _by_part(checked("model.adapters", config.model.adapters, config))
+    own = [_by_part(checked("--checkpoint", model, config, average)) for model in models]
+    adapters = [tuple((begun | each).values()) for each in ({}, *own)]
     check_prompts(read_outline(config.model.path), rows, _size(config))
     entries = [*names, RESULTS]
     require_free("--output", output, [*entries, PAGE, STRIP])
@@ -77,21 +82,9 @@ def evaluate(
     return results
 
 
-def _check_checkpoints(
-    config: RunConfig, checkpoints: Sequence[str], average: bool
-) -> dict[str, Provenance]:
-    """Their adapters or weights, by folder."""
-    infos = joined_adapters("--checkpoint", checkpoints, config.model.path, average)
-    for checkpoint, info in infos.items():
-        if info.arithmetic != config.arithmetic:
-            trained, asked = info.arithmetic, config.arithmetic
-            raise UserError(
-                f"model.dtype = {asked.dtype!r} and train.mixed_precision = "
-                f"{asked.mixed_precision!r}, but {checkpoint!r} was trained with "
-                f"{trained.dtype!r} and {trained.mixed_precision!r}: give those, or another "
-                "policy than the trained one is measured"
-            )
-    return infos
+def _by_part(infos: Mapping[str, Provenance]) -> dict[str, str]:
+    """The folder of each part's."""
+    return {info.stage: folder for folder, info in infos.items()}
 
 
 def _evaluate_models(

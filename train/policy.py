@@ -52,7 +52,7 @@ class Policy:
         rate's schedule.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
-        began = tuning.attach(module)
+        tuning.attach(module)
         self.sharding = sharding_of(engine())(accelerator, module, tuning.info.part.block)
         self.trained = self.sharding.trained
         optimizer = AdamW(
@@ -64,7 +64,7 @@ class Policy:
         )
         scheduler = make_schedule(optimizer, optim, updates)
         self.sharding.prepare(optimizer, scheduler, optim.max_grad_norm)
-        self.initial = None if began is None else copies(self.held)  # as it began
+        self.initial = None if tuning.fresh else copies(self.held)  # as it began
         self.average = None if average is None else Average(average, self.held)
         self.skipped_in_a_row = 0  # updates
         self._losses: list[Tensor] = []  # of the micro-batches since the last update

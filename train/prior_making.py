@@ -1,6 +1,6 @@
 """Filling a cache of prior tokens, part by part, on one process or several."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from duet.inference.outline import read_outline
 from duet.inference.parts import AR
 from duet.inference.prompt_check import check_prompts
 from duet.train.checkpoint import sync_tree
+from duet.train.given import Given, given, load_given
 from duet.train.lock import alone
 from duet.train.prior_cache import ROWS, PriorCache, check_cache, require_same
 from duet.train.prior_stamp import Stamp, make_stamp
@@ -39,14 +40,17 @@ def fill_cache(config: RunConfig) -> Path:
     require_references(config, rows)
     size = Size.of(config.sampling)
     check_prompts(read_outline(config.model.path), rows, size, state.is_local_main_process)
-    stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
+    begun = from_main(state, lambda: given(config))
+    ar = base_fingerprint(config.model.path, AR.component)
+    stamp = make_stamp(config, rows, ar, begun.get(AR.name))
     if from_main(state, lambda: _stands(config, cache, stamp, rows)):
         tell("the prior tokens are there already")
         return cache.folder
     partial = PriorCache(cache.folder.with_name(f".{cache.folder.name}.partial"))
     parts = from_main(state, lambda: _begin(config, partial, stamp, rows))
     with together(state):
-        _make(config, partial, rows, parts[state.process_index :: state.num_processes], state)
+        own = parts[state.process_index :: state.num_processes]
+        _make(config, partial, rows, own, begun, state)
     if state.is_main_process:
         write_digests(partial.folder)
         sync_tree(partial.folder)
@@ -86,13 +90,19 @@ def _holds(cache: PriorCache, part: int, rows: Sequence[Row]) -> bool:
 
 
 def _make(
-    config: RunConfig, cache: PriorCache, rows: Sequence[Row], parts: Sequence[int], state
+    config: RunConfig,
+    cache: PriorCache,
+    rows: Sequence[Row],
+    parts: Sequence[int],
+    begun: Mapping[str, Given],
+    state: PartialState,
 ) -> None:
     if not parts:
         return
     model, rollout, show = config.model, config.rollout, state.is_local_main_process
     others = [name for name in COMPONENTS if name != AR.component]
     pipeline = load_pipeline(model.path, model.dtype, str(state.device), model.offload, others)
+    load_given(pipeline, begun, [AR.name])
     size = Size.of(config.sampling)
     engine = Engine.of(pipeline, config, show)
     epochs = [fixed_seeds(len(rows), config.seed, e) for e in range(rollout.priors_per_prompt)]

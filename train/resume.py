@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from duet.configs.turns import turns
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.fingerprint import fingerprint
 from duet.inference.model import COMPONENTS, model_folder
+from duet.inference.parts import PARTS
 from duet.inference.provenance import Provenance
 from duet.inference.trained import averaged, check_trained
 from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
+from duet.train.given import Given
 from duet.train.metrics import read_metrics
 
 # what the optimizer, the schedule, the order of the prompts and the actions were made for
@@ -62,15 +64,16 @@ class Start:
     step: int = 0  # rollouts that are done
 
 
-def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
-    """Raises UserError for a model that is not there."""
+def read_inputs(config: RunConfig, rows: Sequence[Row], begun: Mapping[str, Given]) -> Inputs:
+    """`begun`: what parts begin with. Raises UserError for a model that is not there."""
     folder = model_folder(config.model.path)
     model = {name: fingerprint(folder / name) for name in COMPONENTS}
     digest = hashlib.sha256()
     for row in rows:  # a picture by its name: a data set may be moved
         named = {k: _name(v) if k in PICTURES else v for k, v in row.items()}
         digest.update(json.dumps(named, sort_keys=True, default=repr).encode() + b"\n")
-    return Inputs(model, digest.hexdigest())
+    adapters = {part: each.digest for part, each in begun.items()}
+    return Inputs(model, digest.hexdigest(), adapters)
 
 
 def _name(picture: Any) -> str:
@@ -164,6 +167,13 @@ def _require_agreement(
             raise UserError(
                 f"model.path = {config.model.path!r} has another {part} than {checkpoint} was "
                 "trained with: give that model to go on"
+            )
+    for part in PARTS:
+        if position.inputs.adapters.get(part) != inputs.adapters.get(part):
+            raise UserError(
+                f"model.adapters = {list(config.model.adapters)!r} gives the {part} another "
+                f"beginning than {checkpoint} was trained from: give that one to go on, or begin "
+                "a new run in another output_dir"
             )
     if position.inputs.data != inputs.data:
         raise UserError(

@@ -18,13 +18,14 @@ from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.outline import read_outline
-from duet.inference.parts import AR, DECODER
+from duet.inference.parts import AR, DECODER, PARTS
 from duet.inference.prompt_check import check_prompts
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.environment import engine, processes_alone, require_own_settings
+from duet.train.fitting import require_fit
 from duet.train.geometry import geometry
-from duet.train.memory import require_fit
+from duet.train.given import Given, given, load_given
 from duet.train.policy import Policy
 from duet.train.prior_cache import PriorCache, check_cache
 from duet.train.prior_stamp import make_stamp
@@ -58,24 +59,33 @@ def prepare(config: RunConfig) -> Training:
     }
     for part in parts.values():
         require_references(part, rows)
-    start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    begun = from_main(accelerator, lambda: given(config))
+    start = from_main(
+        accelerator, lambda: find_start(config, processes, read_inputs(config, rows, begun))
+    )
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
         for part in parts.values():
-            require_fit(part, model_folder(config.model.path), processes, memory, engine())
+            beside = [other for other in parts.values() if other is not part]
+            sizes = model_folder(config.model.path)
+            require_fit(part, sizes, processes, memory, beside, engine())
     outline = read_outline(config.model.path)
     size = Size.of(config.sampling)
     for each in (rows, held_out):
         check_prompts(outline, each, size, show)
-    unread = _unread(parts, rows, start, accelerator)
+    unread = _unread(parts, rows, start, begun, accelerator)
     scorers = load_scorers(parts)
     set_seed(config.seed)
     pipeline = _pipeline(config, accelerator, unread)
+    frozen = [p.name for p in PARTS.values() if p.name not in parts and p.component not in unread]
+    load_given(pipeline, begun, frozen)
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
     policies = {
-        name: _policy(part, stages[name], accelerator, start, divided[name].updates)
+        name: _policy(
+            part, stages[name], accelerator, start, begun.get(name), divided[name].updates
+        )
         for name, part in parts.items()
     }
     _hold(policies, stages)
@@ -115,14 +125,18 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
 
 
 def _unread(
-    parts: Mapping[str, RunConfig], rows: Sequence[Row], start: Start, accelerator: Accelerator
+    parts: Mapping[str, RunConfig],
+    rows: Sequence[Row],
+    start: Start,
+    begun: Mapping[str, Given],
+    accelerator: Accelerator,
 ) -> list[str]:
     """The AR, where a cache gives the decoder's priors; that it is this run's is checked here."""
     decoder = parts.get(DECODER.name)
     if decoder is None or PriorCache.of(decoder) is None:
         return []
-    ar = start.inputs.model[AR.component]
-    from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar), rows))
+    ar, its = start.inputs.model[AR.component], begun.get(AR.name)
+    from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar, its), rows))
     return [AR.component]
 
 
@@ -134,10 +148,15 @@ def _pipeline(
 
 
 def _policy(
-    config: RunConfig, stage: Stage, accelerator: Accelerator, start: Start, updates: int
+    config: RunConfig,
+    stage: Stage,
+    accelerator: Accelerator,
+    start: Start,
+    begun: Given | None,
+    updates: int,
 ) -> Policy:
     part, sampler = stage.part, stage.engine
-    tuning = tuning_of(config, start.inputs.model[part.component])
+    tuning = tuning_of(config, start.inputs.model[part.component], begun and begun.folder)
     module = part.module(sampler.pipeline)
     sampler.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
