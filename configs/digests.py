@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from duet.configs.errors import UserError
 
@@ -35,6 +36,21 @@ def check_digests(folder: Path) -> None:
             raise Damaged(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
             raise Damaged(f"{name} is not what was written: its digest differs")
+
+
+def refuse_older(
+    checkpoint: str | Path, folder: Path, told: Any, known: str, since: str, lacks: str
+) -> None:
+    """What an older Duet wrote is not damaged: its description `told` has the key `known` but not
+    yet `since`, and no digests stand in the `folder`.
+
+    `lacks`: what it was written without, and what to do. Raises UserError for it.
+    """
+    older = isinstance(told, dict) and known in told and since not in told
+    if older and not (folder / SUMS).exists():
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} was written by an older Duet, without {lacks}"
+        )
 
 
 def _read(folder: Path) -> dict[str, str]:

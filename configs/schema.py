@@ -8,39 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from duet.configs.errors import UserError
+from duet.configs.policy_schema import (
+    Arithmetic,
+    LoraConfig,
+    ModelConfig,
+    SamplingConfig,
+    SdeConfig,
+)
 from duet.configs.reward_schema import RewardConfig, require_names_once
-from duet.configs.setting import Section, require, setting
-
-_MANY = 1_000_000  # steps, samples: more than anybody waits for
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    title = "model"
-
-    path: str = setting("a local folder or a hub id, in the layout of GlmImagePipeline")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
-    offload: Literal["none", "phase"] = setting(
-        "phase: parts and reward models that a phase does not need wait on the CPU", "none"
-    )
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What forward passes run in: a policy is its weights and their arithmetic."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-
-    @property
-    def precision(self) -> str:
-        """The coarsest dtype that weights or products are rounded to."""
-        rounded = self.dtype, AUTOCAST.get(self.mixed_precision, self.dtype)
-        return max(rounded, key=("float32", "float16", "bfloat16").index)
-
-
-AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+from duet.configs.setting import MANY, Section, require, setting
 
 
 @dataclass(frozen=True)
@@ -68,19 +44,6 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
-class SamplingConfig(Section):
-    title = "sampling"
-
-    height: int = setting("pixels", 1024, least=32, most=8192, multiple_of=32)
-    width: int = setting("pixels", 1024, least=32, most=8192, multiple_of=32)
-    temperature: float = setting("of the AR; 0 takes the best token", 1.0, least=0, most=100)
-    top_k: int = setting("tokens to draw from; 0: all", 0, least=0, most=_MANY)
-    top_p: float = setting("probability of the tokens to draw from", 1.0, above=0, most=1)
-    num_inference_steps: int = setting("denoising steps", 50, least=1, most=999)
-    guidance_scale: float = setting("above 1 two forwards a step", 1.5, least=0, most=100)
-
-
-@dataclass(frozen=True)
 class RolloutConfig(Section):
     title = "rollout"
 
@@ -89,10 +52,10 @@ class RolloutConfig(Section):
         "groups in a rollout, over all processes; where these do not divide, their samples must",
         8,
         least=1,
-        most=_MANY,
+        most=MANY,
     )
     batch_size: int = setting(
-        "samples the engine runs at once, on one process", 16, least=1, most=_MANY
+        "samples the engine runs at once, on one process", 16, least=1, most=MANY
     )
     priors: Literal["auto", "sampled", "reference"] = setting(
         "decoder: prior tokens are sampled by the AR, or encoded from the row's image; auto: "
@@ -113,31 +76,12 @@ class RolloutConfig(Section):
 
 
 @dataclass(frozen=True)
-class SdeConfig(Section):
-    """Which denoising steps of a decoder rollout are actions, and how they are noised."""
-
-    title = "sde"
-
-    kind: Literal["flow_sde", "cps"] = setting("how a step is noised", "flow_sde")
-    noise_level: float = setting("a of Flow-SDE, eta of CPS (at most 1)", 0.7, least=0, most=100)
-    window_size: int = setting("steps with noise; the others follow the ODE", 2, least=1, most=998)
-    window_start_max: int = setting(
-        "the window's first step is drawn from 0 to this, once a rollout", 0, least=0, most=998
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fits = self.kind != "cps" or self.noise_level <= 1
-        require(fits, "sde.noise_level", self.noise_level, "0 to 1 for cps")
-
-
-@dataclass(frozen=True)
 class GrpoConfig(Section):
     title = "grpo"
 
     epsilon: float = setting("the ratio is clipped below 1 - epsilon", 0.2, above=0, below=1)
     epsilon_high: float | None = setting(
-        "and above 1 + epsilon_high; null: epsilon", None, above=0, most=_MANY
+        "and above 1 + epsilon_high; null: epsilon", None, above=0, most=MANY
     )
     beta: float = setting(
         "weight of the KL to the reference, the weights that the run began with",
@@ -164,31 +108,13 @@ class GrpoConfig(Section):
         "auto",
     )
     importance_sampling_cap: float = setting(
-        "of the weight trainer / sampler, where old_logprobs is trainer", 2.0, least=1, most=_MANY
+        "of the weight trainer / sampler, where old_logprobs is trainer", 2.0, least=1, most=MANY
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         named = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         object.__setattr__(self, "scale_rewards", named)  # as TRL reads its booleans
-
-
-@dataclass(frozen=True)
-class LoraConfig(Section):
-    title = "lora"
-
-    rank: int = setting("of each layer's update", 32, least=1, most=65_536)
-    alpha: float = setting("the update is scaled by alpha / rank", 64.0, above=0, most=_MANY)
-    dropout: float = setting(
-        "of the adapter's inputs in an update; sampling and old log-probs know none: the ratio "
-        "is off 1 by it",
-        0.0,
-        least=0,
-        below=1,
-    )
-    target_modules: tuple[str, ...] = setting(
-        "names of layers; empty: attention and MLP of the trained module", ()
-    )
 
 
 @dataclass(frozen=True)
@@ -205,7 +131,7 @@ class AverageConfig(Section):
         below=1,
     )
     start: int = setting(
-        "updates before it begins; until then it is the weights", 0, least=0, most=_MANY
+        "updates before it begins; until then it is the weights", 0, least=0, most=MANY
     )
 
 
@@ -224,15 +150,15 @@ class OptimConfig(Section):
         "after the warm-up; linear and cosine fall to 0 at the last update", "constant"
     )
     warmup_steps: int = setting(
-        "updates in which the learning rate rises from 0", 0, least=0, most=_MANY
+        "updates in which the learning rate rises from 0", 0, least=0, most=MANY
     )
     warmup_ratio: float = setting("the same as a share of all updates", 0.0, least=0, below=1)
     max_grad_norm: float = setting("a longer gradient is clipped", 1.0, above=0, most=1e9)
     per_device_train_batch_size: int = setting(
-        "samples in one backward pass", 8, least=1, most=_MANY
+        "samples in one backward pass", 8, least=1, most=MANY
     )
     gradient_accumulation_steps: int = setting(
-        "backward passes in an update", 1, least=1, most=_MANY
+        "backward passes in an update", 1, least=1, most=MANY
     )
     gradient_checkpointing: bool = setting(
         "blocks keep their inputs alone and are computed again in backward", False
@@ -252,20 +178,20 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     title = "train"
 
-    max_steps: int = setting("rollouts", 100, least=1, most=_MANY)
-    save_steps: int = setting("a checkpoint so often, and one at the end", 50, least=1, most=_MANY)
+    max_steps: int = setting("rollouts", 100, least=1, most=MANY)
+    save_steps: int = setting("a checkpoint so often, and one at the end", 50, least=1, most=MANY)
     save_total_limit: int | None = setting(
         "checkpoints that are kept, the newest ones, the best one and the one resumed from; "
         "null: all",
         None,
         least=1,
-        most=_MANY,
+        most=MANY,
     )
     eval_steps: int | None = setting(
         "rollouts between evaluations of data.eval by the weights as they stand; null: none",
         None,
         least=1,
-        most=_MANY,
+        most=MANY,
     )
     metric_for_best_model: str = setting(
         "by it an evaluation's checkpoint is the best, and kept: reward, the trained rewards' "
@@ -273,20 +199,20 @@ class TrainConfig(Section):
         "reward",
     )
     logging_images_steps: int = setting(
-        "a grid of the rollout's images so often", 10, least=1, most=_MANY
+        "a grid of the rollout's images so often", 10, least=1, most=MANY
     )
     resume: str | None = setting("latest, or a checkpoint folder", None)
     max_not_scored: float = setting(
         "a step in which a reward leaves out a larger share ends the run", 0.5, least=0, most=1
     )
     max_skipped: int = setting(
-        "updates in a row that are not finite, and so skipped, end the run", 3, least=1, most=_MANY
+        "updates in a row that are not finite, and so skipped, end the run", 3, least=1, most=MANY
     )
     ddp_timeout: int = setting(
         "seconds that a process waits for another one before it ends the run",
         1800,
         least=1,
-        most=_MANY,
+        most=MANY,
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("autocast of every forward", "no")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting(
@@ -300,7 +226,7 @@ class EvalConfig(Section):
 
     rewards: tuple[RewardConfig, ...] = setting("measured besides the trained ones", ())
     images_per_prompt: int = setting("each with its own seed", 1, least=1, most=10_000)
-    bootstrap_samples: int = setting("of the intervals", 2000, least=1, most=_MANY)
+    bootstrap_samples: int = setting("of the intervals", 2000, least=1, most=MANY)
     confidence: float = setting("of the intervals", 0.95, above=0, below=1)
 
 
@@ -312,7 +238,7 @@ class WatchConfig(Section):
 
     rewards: tuple[RewardConfig, ...] = setting("measured on every rollout, never trained on", ())
     window: int = setting(
-        "the means of so many first and last steps are compared", 5, least=1, most=_MANY
+        "the means of so many first and last steps are compared", 5, least=1, most=MANY
     )
     drop: float = setting(
         "share of its first mean that a watched reward may lose", 0.05, above=0, most=1000
@@ -331,7 +257,7 @@ class TurnConfig(Section):
     title = "stages[]"
 
     part: Literal["ar", "decoder"] = setting("the part that is trained, once in the list")
-    steps: int = setting("rollouts before the next turn", least=1, most=_MANY)
+    steps: int = setting("rollouts before the next turn", least=1, most=MANY)
     rewards: tuple[RewardConfig, ...] = setting("what is trained on", ())
     sde: SdeConfig = setting("the decoder's noise", SdeConfig())
     grpo: GrpoConfig = setting("the objective", GrpoConfig())

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from duet.configs.errors import UserError
 
+MANY = 1_000_000  # steps, samples: more than anybody waits for
 _LONGEST = 80  # characters of a value in an error line
 
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from duet.configs.digests import SUMS, Damaged, check_digests
+from duet.configs.digests import Damaged, check_digests, refuse_older
 from duet.configs.errors import UserError
-from duet.configs.schema import LoraConfig
+from duet.configs.policy_schema import LoraConfig
 from duet.inference.binding import is_target
 from duet.inference.provenance import Provenance, damaged, read_provenance, require_base
 
@@ -92,12 +92,8 @@ def adapter_info(checkpoint: str | Path) -> AdapterInfo:
         told = json.loads((folder / INFO).read_text())
     except (OSError, ValueError) as error:
         raise damaged(checkpoint, error) from error
-    older = isinstance(told, dict) and "stage" in told and "base" not in told
-    if older and not (folder / SUMS).exists():
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} was written by an older Duet, without the "
-            "fingerprint of its base: use it with the version that wrote it"
-        )
+    lacks = "the fingerprint of its base: use it with the version that wrote it"
+    refuse_older(checkpoint, folder, told, "stage", "base", lacks)
     return read_provenance(AdapterInfo, folder / INFO, checkpoint)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
-from duet.configs.schema import SamplingConfig
+from duet.configs.policy_schema import SamplingConfig
 from duet.inference.prompt import PromptBatch
 from duet.inference.rollout import TokenTrajectory
 

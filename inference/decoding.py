@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from duet.configs.schema import SamplingConfig
+from duet.configs.policy_schema import SamplingConfig
 from duet.inference.autoregressive import draw
 from duet.inference.prompt import Prompt, PromptBatch
 from duet.inference.rollout import TokenTrajectory, seeded

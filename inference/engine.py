@@ -16,7 +16,8 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from duet.configs.errors import UserError
-from duet.configs.schema import AUTOCAST, Arithmetic, RunConfig, SamplingConfig, SdeConfig
+from duet.configs.policy_schema import AUTOCAST, Arithmetic, SamplingConfig, SdeConfig
+from duet.configs.schema import RunConfig
 from duet.inference import autoregressive, decoder, decoding, pictures
 from duet.inference.autoregressive import TokenScores
 from duet.inference.batching import in_batches, pack

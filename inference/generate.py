@@ -12,9 +12,9 @@ from duet.configs.environment import require_shared_work
 from duet.configs.errors import UserError, exit_on_user_error, not_empty
 from duet.configs.launcher import is_first_here
 from duet.configs.outputs import make_folder
+from duet.configs.policy_schema import Arithmetic, SamplingConfig
 from duet.configs.row import Row, check_row
 from duet.configs.rows import load_rows
-from duet.configs.schema import Arithmetic, SamplingConfig
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from duet.configs.errors import UserError
-from duet.configs.schema import SamplingConfig
+from duet.configs.policy_schema import SamplingConfig
 
 PIXELS_PER_TOKEN = 32
 _PREVIEW_SIDE = 16  # a preview holds about 16 x 16 tokens whatever the image's size

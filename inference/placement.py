@@ -2,7 +2,7 @@
 
 from diffusers import GlmImagePipeline
 
-from duet.configs.schema import ModelConfig
+from duet.configs.policy_schema import ModelConfig
 from duet.inference.model import components, pick_device
 
 

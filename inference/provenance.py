@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from duet.configs.errors import UserError, first_line
 from duet.configs.load import build
-from duet.configs.schema import Arithmetic
+from duet.configs.policy_schema import Arithmetic
 from duet.inference.model import base_fingerprint
 from duet.inference.parts import PARTS, Part
 

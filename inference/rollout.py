@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from duet.configs.schema import SdeConfig
+from duet.configs.policy_schema import SdeConfig
 from duet.inference.flow import Schedule
 from duet.inference.layout import Size
 from duet.inference.prompt import Prompt

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from duet.configs.schema import RunConfig
 from duet.train.footprint import Kernel, repeated
-from duet.train.memory import DECODER_PARTS, Step
+from duet.train.memory import Step
 from duet.train.workload import weight_bytes
 
 
@@ -58,11 +58,14 @@ class Cost:
 
 def costs(config: RunConfig, step: Step) -> list[Cost]:
     found = [
-        Cost("AR tokens", repeated(step.tokens.kernels, step.token_batches)),
         Cost("latents", repeated(step.latents.kernels, step.latent_batches)),
         Cost("pixels", repeated(step.pixels.kernels, step.pictures)),
         Cost("update", repeated(step.update.kernels, step.updates)),
     ]
+    if step.tokens:
+        found.insert(0, Cost("AR tokens", repeated(step.tokens.kernels, step.token_batches)))
+    if step.reference:
+        found.append(Cost("reference", repeated(step.reference.kernels, step.references)))
     if step.rescores:
         found.append(Cost("old log-probs", repeated(step.rescore.kernels, step.rescores)))
     if config.model.offload == "phase":
@@ -71,7 +74,9 @@ def costs(config: RunConfig, step: Step) -> list[Cost]:
 
 
 def _copied(config: RunConfig, step: Step) -> int:
-    """AR and decoder change places once a step, or once a batch where the AR's stage samples."""
-    parts = ("vision_language_encoder", *DECODER_PARTS)
+    """AR and decoder change places once a step, or once a batch where the AR's stage samples.
+    Without the AR the DiT stays.
+    """
+    parts = step.read if step.tokens else (c for c in step.read if c != "transformer")
     swaps = step.latent_batches if config.stage == "ar" else 1
     return 2 * swaps * sum(weight_bytes(step.subject, part) for part in parts)

@@ -19,8 +19,9 @@ from duet.inference.shapes import Scale, Sizes
 from duet.launch.cost import CARDS, COMPUTE, COPY_BANDWIDTH, LAUNCH_SECONDS, MEMORY, Card, costs
 from duet.rewards.sizes import reward_sizes
 from duet.train.environment import Engine
+from duet.train.fitting import savings
 from duet.train.geometry import changed, nearest_geometry
-from duet.train.memory import GIB, Phase, Step, peak, phases, savings, step_of
+from duet.train.memory import GIB, Phase, Step, peak, phases, step_of
 from duet.train.workload import GLYPH_TOKENS, PROMPT_TOKENS
 
 
@@ -45,14 +46,22 @@ def main(arguments: list[str]) -> None:
     for part in parts:
         part.require_trainable()
     card = CARDS[options.card]
-    for part in parts:  # of a run in turns each by itself: the other part's weights wait
-        for line in page(part, options.gpus, card, options.memory_gib or card.gib, options.engine):
+    for part in parts:
+        beside = [other for other in parts if other is not part]
+        memory = options.memory_gib or card.gib
+        for line in page(part, beside, options.gpus, card, memory, options.engine):
             print(line)
 
 
 def page(
-    asked: RunConfig, gpus: int, card: Card, memory_gib: float, engine: Engine = "ddp"
+    asked: RunConfig,
+    beside: Sequence[RunConfig],
+    gpus: int,
+    card: Card,
+    memory_gib: float,
+    engine: Engine = "ddp",
 ) -> Iterator[str]:
+    """Of one turn; `beside`: the run's others."""
     sizes = sizes_of(asked)
     named = sizes if isinstance(sizes, Path) else "the released GLM-Image"
     yield f"{asked.stage}: sizes of {named}, an estimate"
@@ -60,7 +69,7 @@ def page(
     config = changed(asked, changes)
     yield from _geometry(config, gpus, changes)
     step = step_of(config, sizes, gpus)
-    found = phases(config, step, gpus, engine)
+    found = phases(config, step, gpus, beside, engine)
     yield ""
     yield from _table(found)
     unknown = reward_sizes((*config.rewards, *config.watch.rewards)).unknown
@@ -72,7 +81,7 @@ def page(
     verdict = "fits" if fits else "does not fit"
     yield f"\npeak {needed:.1f} GiB in phase {worst.name!r}: {verdict} in {memory_gib:g} GiB"
     if not fits:
-        yield _advice(config, sizes, gpus, memory_gib, engine)
+        yield _advice(config, beside, sizes, gpus, memory_gib, engine)
         if "reward models" in worst.held:
             yield "reward models may be on the CPU, by their args: {device: cpu}"
     yield ""
@@ -120,9 +129,21 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size else ""
 
 
-def _advice(config: RunConfig, sizes: Sizes, gpus: int, memory_gib: float, engine: Engine) -> str:
-    found = savings(config, sizes, gpus, int(memory_gib * GIB), engine)
-    return f"it would with {_told(found)}" if found else "no setting of Duet makes it fit"
+def _advice(
+    config: RunConfig,
+    beside: Sequence[RunConfig],
+    sizes: Sizes,
+    gpus: int,
+    memory_gib: float,
+    engine: Engine,
+) -> str:
+    ways = [{}, {"tuning": "lora"}] if config.tuning == "full" else [{}]
+    memory = int(memory_gib * GIB)
+    found = [
+        (way, savings(changed(config, way), sizes, gpus, memory, beside, engine)) for way in ways
+    ]
+    told = ", or with ".join(_told(way | more) for way, more in found if more is not None)
+    return f"it would with {told}" if told else "no setting of Duet makes it fit"
 
 
 def _told(settings: Mapping[str, Any]) -> str:

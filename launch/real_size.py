@@ -42,7 +42,7 @@ from duet.train.memory import DECODER_PARTS, GIB, step_of
 from duet.train.recompute import recompute_blocks
 from duet.train.stages import STAGES, Stage, sampled_logprobs
 from duet.train.tiny.gaps import walk
-from duet.train.update import rescore
+from duet.train.update import micro_batches, replay
 from duet.train.workload import trained_parameters, weight_bytes
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -108,7 +108,8 @@ def measure(name: str, scale: Scale, device: torch.device, samples: int) -> None
     with torch.no_grad():
         rollout = _timed(device, "rollout", planned, lambda: ROLLOUTS[name](stage, request))
     batch = config.optim.per_device_train_batch_size
-    again = _timed(device, "replay", planned, lambda: rescore(stage, module, [rollout], batch))
+    batches = micro_batches([rollout], batch)
+    again = _timed(device, "replay", planned, lambda: replay(stage, module, batches))
     print(f"  {Gap.of(again, sampled_logprobs(stage, [rollout], again.device))}")
     try:
         gate.check_gap(stage, [rollout], again, config.arithmetic.precision)
@@ -122,10 +123,11 @@ def measure(name: str, scale: Scale, device: torch.device, samples: int) -> None
 
 def backward(stage: Stage, module: torch.nn.Module, micro: Rollout) -> None:
     """A micro-batch's forward and backward passes, compared with the reference."""
-    for piece in stage.pieces([micro]):
+    pieces = stage.pieces([micro])
+    with torch.no_grad(), adapter_disabled(module):
+        references = [stage.score(piece.rollouts, module) for piece in pieces]
+    for piece, reference in zip(pieces, references, strict=True):
         scored = stage.score(piece.rollouts, module)
-        with torch.no_grad(), adapter_disabled(module):
-            reference = stage.score(piece.rollouts, module)
         (scored.logprobs - stage.kl(scored, reference)).mean().backward()
 
 

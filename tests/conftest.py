@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from duet.configs.load import load_config
+from duet.configs.policy_schema import SamplingConfig, SdeConfig
 from duet.configs.rows import load_rows
-from duet.configs.schema import RunConfig, SamplingConfig, SdeConfig
+from duet.configs.schema import RunConfig
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline

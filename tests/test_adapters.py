@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from duet.configs.digests import SUMS, write_digests
 from duet.configs.errors import UserError
-from duet.configs.schema import Arithmetic, LoraConfig
+from duet.configs.policy_schema import Arithmetic, LoraConfig
 from duet.inference.adapter_files import AdapterInfo, check_adapter
 from duet.inference.adapters import add_adapter, load_adapter, save_adapter
 from duet.inference.fingerprint import fingerprint
@@ -222,10 +222,12 @@ def test_the_other_stages_adapter_is_not_taken(made, stage, tmp_path):
 def test_what_is_missing_is_named(made, tmp_path):
     folder = Path(shutil.copytree(made["ar"], tmp_path / "adapter"))
     told = json.loads((folder / INFO).read_text())
-    (folder / SUMS).unlink()
     for key in ("base", "lora"):
         del told[key]
     (folder / INFO).write_text(json.dumps(told))
+    with pytest.raises(UserError, match="missing or damaged .*missing key"):
+        check_adapter(folder, str(MODEL))  # with digests none is of an older Duet
+    (folder / SUMS).unlink()
     with pytest.raises(UserError, match="written by an older Duet"):
         check_adapter(folder, str(MODEL))
     (folder / INFO).unlink()

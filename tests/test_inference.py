@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from duet.configs.errors import UserError
-from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.configs.policy_schema import SamplingConfig, SdeConfig
 from duet.inference import autoregressive
 from duet.inference.engine import Engine
 from duet.inference.layout import Grid, Size, grid_positions, upsample_prior

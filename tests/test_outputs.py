@@ -20,8 +20,8 @@ from duet.configs import errors
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
 from duet.configs.outputs import write_new
+from duet.configs.policy_schema import LoraConfig
 from duet.configs.row import Row
-from duet.configs.schema import LoraConfig
 from duet.inference import generate, model
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import add_adapter, save_adapter

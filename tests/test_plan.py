@@ -12,13 +12,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.configs.reward_schema import RewardConfig
-from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.configs.turns import turns
 from duet.inference import pictures
 from duet.inference.adapters import add_adapter
+from duet.inference.layout import Size
 from duet.inference.shapes import Scale
 from duet.launch import cost, plan
 from duet.train.environment import Engine
+from duet.train.fitting import require_fit, savings
 from duet.train.footprint import Kernel, without_values
 from duet.train.geometry import changed, geometry, nearest_geometry
 from duet.train.memory import (
@@ -26,8 +29,6 @@ from duet.train.memory import (
     engine_batches,
     peak,
     phases,
-    require_fit,
-    savings,
     step_of,
     subject_of,
     trained_of,
@@ -38,6 +39,8 @@ from tests.conftest import MODEL, ROOT
 REAL = {stage: ROOT / "configs" / "glm_image" / f"{stage}.yaml" for stage in ("ar", "decoder")}
 LORA = LoraConfig(rank=64, alpha=128)
 AUTOCAST = Arithmetic("bfloat16", "bf16")
+SAMPLING = {"AR tokens", "latents", "pixels", "rewards"}
+TINY_DIT = Subject(MODEL, Arithmetic(), "decoder", LORA, False)
 
 
 def dit_of(recomputed: bool, layers: int | None = None, arithmetic=AUTOCAST) -> Subject:
@@ -111,10 +114,10 @@ def test_a_forward_in_bfloat16_keeps_what_the_facts_say(recomputed, facts):
 def test_an_update_as_configs_train_keeps_more(recomputed, kept):
     """Autocast, LoRA in float32."""
     asked = Scoring(SamplingConfig(guidance_scale=1.0), SdeConfig(), 1, 1)
-    alone = update(dit_of(recomputed), asked, False)
+    alone = update(dit_of(recomputed), asked)
     assert alone.held["activations"] / GIB == pytest.approx(kept, rel=0.03)
     guided = Scoring(SamplingConfig(), SdeConfig(), 1, 2)
-    assert update(dit_of(recomputed), guided, False).held["activations"] == pytest.approx(
+    assert update(dit_of(recomputed), guided).held["activations"] == pytest.approx(
         4 * alone.held["activations"], rel=0.03
     )
 
@@ -201,8 +204,10 @@ def test_processes_have_buckets_and_their_share():
     buckets = 4 * trained_parameters(dit_of(True))
     for one, other in zip(alone, beside, strict=True):
         assert other.held.get("DDP buckets") == buckets
+        kept = [phase.held.get("reference", 0) for phase in (one, other)]
+        assert kept[0] == 8 * kept[1], "of a process's own samples"
         if one.name != "AR tokens":  # two prompts a process
-            assert other.total == one.total + buckets
+            assert other.total - kept[1] == one.total - kept[0] + buckets
 
 
 def test_the_readmes_many_gpus_are_the_plans():
@@ -213,7 +218,7 @@ def test_the_readmes_many_gpus_are_the_plans():
     for (engine, told), overrides in ((lora, []), (full, tuned)):
         asked = load_config(REAL["decoder"], overrides)
         config = changed(asked, nearest_geometry(asked, 8))
-        most = peak(phases(config, step_of(config, Scale(), 8), 8, engine)).total
+        most = peak(phases(config, step_of(config, Scale(), 8), 8, engine=engine)).total
         assert f"{most / GIB:.1f}" == told
 
 
@@ -221,7 +226,7 @@ def test_the_readmes_many_gpus_are_the_plans():
 def test_an_engine_holds_its_part_of_what_it_shards(tuning):
     config = load_config(REAL["decoder"], [f"tuning={tuning}"])
     step, whole = step_of(config, Scale(), 8), trained_of(config, subject_of(config, Scale())).copy
-    found = {e: phases(config, step, 8, e) for e in get_args(Engine)}
+    found = {e: phases(config, step, 8, engine=e) for e in get_args(Engine)}
     updates = {e: next(p for p in of if p.name == "update").held for e, of in found.items()}
     states = {e: held["optimizer state"] for e, held in updates.items()}
     # ZeRO's own copy of the weights is a third
@@ -231,7 +236,7 @@ def test_an_engine_holds_its_part_of_what_it_shards(tuning):
     for engine in ("zero3", "fsdp2"):
         held, sampling = updates[engine], next(p for p in found[engine] if p.name == "latents").held
         module = updates["ddp"]["frozen weights"] + whole - held["frozen weights"]
-        assert held["shards of the trained part"] == module // 8 and "trained weights" not in held
+        assert held["shards of the trained parts"] == module // 8 and "trained weights" not in held
         # of 30 blocks three are there at once
         assert 3 * module / 35 < held["gathered blocks"] < 3 * module / 30
         assert sampling["trained weights"] == whole, "gathered for sampling"
@@ -243,7 +248,7 @@ def test_an_engine_holds_its_part_of_what_it_shards(tuning):
 def test_the_plan_of_an_engine_is_asked_for_by_name(capsys):
     plan.main([str(REAL["decoder"]), "tuning=full", "--gpus", "8", "--engine", "fsdp2"])
     printed = capsys.readouterr().out
-    assert "peak 75.9 GiB" in printed and "\nshards of the trained part " in printed
+    assert "peak 75.9 GiB" in printed and "\nshards of the trained parts " in printed
     assert "gathered blocks" in printed and "DDP buckets" not in printed
 
 
@@ -270,6 +275,106 @@ def test_turns_are_planned_each_by_itself(capsys):
     assert len(peaks) == 2 and all(f"{peak} GiB in the" in path.read_text() for peak in peaks)
 
 
+def tiny(name: str, *overrides: str, processes: int = 1, engine: Engine = "ddp"):
+    """Phases by their names and costs by theirs; of turns by part."""
+    parts = turns(load_config(ROOT / "configs" / "tiny" / f"{name}.yaml", overrides))
+    made = {}
+    for stage, own in parts.items():
+        step, beside = step_of(own, MODEL, processes), [c for c in parts.values() if c is not own]
+        held = {p.name: p.held for p in phases(own, step, processes, beside, engine)}
+        made[stage] = held, {found.phase: found for found in cost.costs(own, step)}
+    return made if len(made) > 1 else made.popitem()[1]
+
+
+def test_without_an_ar_none_is_counted():
+    cached = "rollout.prior_cache=runs/priors"
+    (plain, spent), (held, less) = tiny("decoder"), tiny("decoder", cached)
+    ar = weight_bytes(TINY_DIT, "vision_language_encoder")
+    assert plain.keys() - held.keys() == spent.keys() - less.keys() == {"AR tokens"}
+    for name, phase in held.items():
+        assert phase["frozen weights"] == plain[name]["frozen weights"] - ar
+    _, spent = tiny("decoder", cached, "model.offload=phase")
+    moved = sum(weight_bytes(TINY_DIT, name) for name in ("vae", "text_encoder"))
+    assert spent["parts to and from the CPU"].copied == 2 * moved
+
+
+def test_reward_models_that_rest_are_not_counted_in_updates():
+    for offload, expected in (("phase", SAMPLING), ("none", None)):
+        held, _ = tiny("ar", f"model.offload={offload}")
+        assert {n for n, h in held.items() if "reward models" in h} == (expected or set(held))
+
+
+def test_a_turn_counts_what_the_other_part_trains():
+    average = "average={decay: 0.5}"
+    own = {stage: tiny(stage, average)[0]["update"] for stage in REAL}
+    waits = {stage: own[stage]["optimizer state"] for stage in REAL}
+    for stage, (held, _) in tiny("both", average).items():
+        for phase in held.values():
+            assert phase["optimizer state"] == sum(waits.values())
+            assert phase["copies of the trained weights"] == sum(waits.values()) // 2
+            assert phase["trained weights"] == sum(waits.values()) // 2
+        assert held["update"]["gradients"] == waits[stage] // 2, "its own alone"
+    for stage, (held, _) in tiny("both", average, "model.offload=phase").items():
+        assert held["update"]["trained weights"] == waits[stage] // 2, "the other's is away"
+        assert held["update"]["optimizer state"] == sum(waits.values()), "its moments stay"
+
+
+@pytest.mark.parametrize("engine", get_args(Engine))
+def test_an_engine_holds_both_turns(engine):
+    offload, spread = "model.offload=phase", {"processes": 2, "engine": engine}
+    own = {stage: tiny(stage, offload, **spread)[0]["update"] for stage in REAL}
+    whole = {stage: tiny(stage)[0]["update"]["trained weights"] for stage in REAL}
+    shared = ("optimizer state", "shards of the trained parts", "DDP buckets", "ZeRO's buckets")
+    for stage, (held, _) in tiny("both", offload, **spread).items():
+        for phase, holds in held.items():
+            for name in shared:
+                assert holds.get(name) == (sum(o.get(name, 0) for o in own.values()) or None)
+            assert ("reward models" in holds) == (phase in SAMPLING)
+        # what an engine holds stays where it is, and is gathered to sample
+        expected = whole["decoder"] if engine == "ddp" else sum(whole.values())
+        assert held["latents"]["trained weights"] == expected
+        for name in ("gradients", "gathered blocks"):
+            assert held["update"].get(name) == own[stage].get(name), "its own alone"
+        cut = engine in ("zero3", "fsdp2")
+        assert ("gathered blocks" in held["update"]) == cut != ("trained weights" in held["update"])
+
+
+def test_what_is_refused_has_its_turns_and_its_engine():
+    parts = turns(load_config(ROOT / "configs" / "tiny" / "both.yaml", ["rollout.batch_size=2"]))
+    own, told = parts["decoder"], ([parts["ar"]], "fsdp2")
+    most = peak(phases(own, step_of(own, MODEL, 2), 2, *told)).total
+    require_fit(own, MODEL, 2, most, *told)
+    assert savings(own, MODEL, 2, most, *told) == {}
+    found = savings(own, MODEL, 2, most - 1, *told)
+    with pytest.raises(UserError, match="plan CONFIG --gpus 2 --engine fsdp2 --memory-gib"):
+        require_fit(own, MODEL, 2, most - 1, *told)
+    page = list(plan.page(own, told[0], 2, cost.CARDS["h100"], (most - 1) / GIB, told[1]))
+    assert (
+        found and f"it would with {' '.join(f'{k}={v}'.lower() for k, v in found.items())}" in page
+    )
+
+
+def test_the_reference_is_counted_once_a_step():
+    beta, window = "grpo.beta=0.1", ["sde.window_size=2", "optim.steps_per_backward=1"]
+    once, thrice = (tiny("decoder", beta, *window, f"grpo.num_iterations={n}") for n in (1, 3))
+    assert thrice[1]["update"].flops == 3 * once[1]["update"].flops
+    assert thrice[1]["reference"].flops == once[1]["reference"].flops
+    assert 2 < once[1]["update"].flops / once[1]["reference"].flops < 4, "forward and backward"
+    config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml")
+    size = Size.of(config.sampling)
+    samples = config.rollout.prompts_per_step * config.rollout.num_generations
+    means = samples * 2 * 16 * size.latent[0] * size.latent[1] * 4
+    assert once[0]["update"]["reference"] == pytest.approx(means, rel=0.02), "of the whole step"
+    held, spent = tiny("decoder", "grpo.beta=0")
+    assert "reference" not in held.keys() | spent.keys() | held["update"].keys()
+
+
+def test_full_tuning_that_does_not_fit_is_told_of_lora(capsys):
+    path = str(ROOT / "configs" / "tiny" / "decoder.yaml")
+    plan.main([path, "tuning=full", "--memory-gib", "2.2"])
+    assert re.search("it would with optim.*, or with tuning=lora optim", capsys.readouterr().out)
+
+
 def test_the_tiny_configs_need_little():
     config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml")
     require_fit(config, plan.sizes_of(config), 1, 4 * GIB)
@@ -281,7 +386,7 @@ def test_the_tiny_configs_need_little():
 def test_dropout_keeps_what_it_dropped():
     asked = Scoring(SamplingConfig(height=64, width=96), SdeConfig(), 2, 1)
     plain, thinned = (
-        update(Subject(MODEL, Arithmetic(), "decoder", lora, False), asked, False)
+        update(Subject(MODEL, Arithmetic(), "decoder", lora, False), asked)
         for lora in (LORA, replace(LORA, dropout=0.1))
     )
     assert thinned.held["activations"] > 1.02 * plain.held["activations"]

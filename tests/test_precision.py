@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.policy_schema import Arithmetic, LoraConfig
 from duet.configs.row import Row
-from duet.configs.schema import Arithmetic, LoraConfig, OptimConfig
+from duet.configs.schema import OptimConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapters import (
     add_adapter,

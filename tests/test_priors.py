@@ -264,7 +264,7 @@ def test_another_adapter_of_the_ar_is_refused(made):
     stamp = make_stamp(config, rows, "ab")
     assert list(differences(stamp, stamp, config, rows)) == []
     [line] = differences(stamp | {"adapter": "cd"}, stamp, config, rows)
-    assert line == "the AR's adapter is None and was 'cd'"
+    assert line == "the AR of model.adapters = [] is another"
 
 
 def cut(path: Path) -> None:

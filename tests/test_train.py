@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from duet.configs.digests import write_digests
 from duet.configs.errors import UserError
-from duet.configs.schema import SamplingConfig, SdeConfig
+from duet.configs.policy_schema import SamplingConfig, SdeConfig
 from duet.inference.adapters import add_adapter, load_adapter
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline

@@ -16,8 +16,9 @@ from transformers import GlmImageForConditionalGeneration
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.configs.policy_schema import Arithmetic, LoraConfig
 from duet.configs.row import Row
-from duet.configs.schema import Arithmetic, AverageConfig, LoraConfig, OptimConfig
+from duet.configs.schema import AverageConfig, OptimConfig
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.adapter_set import joined_adapters
 from duet.inference.engine import Engine

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from duet.configs.digests import SUMS, write_digests
 from duet.configs.errors import UserError
-from duet.configs.schema import Arithmetic
+from duet.configs.policy_schema import Arithmetic
 from duet.inference.adapters import add_adapter
 from duet.inference.model import base_fingerprint, load_pipeline
 from duet.inference.parts import PARTS

@@ -10,11 +10,11 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duet.configs.digests import SUMS, Damaged, check_digests, write_digests
+from duet.configs.digests import Damaged, check_digests, refuse_older, write_digests
 from duet.configs.errors import UserError
 from duet.configs.load import build
 from duet.configs.schema import RunConfig
@@ -32,6 +32,7 @@ class Inputs:
 
     model: dict[str, str]  # fingerprints of the weights, by component
     data: str  # digest of the training rows
+    adapters: dict[str, str] = field(default_factory=dict)  # digests of what parts begin with
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,8 @@ def read_position(checkpoint: Path) -> Position:
         told = json.loads((checkpoint / _POSITION).read_text())
     except (OSError, ValueError) as error:
         raise _damaged(checkpoint, f"{_POSITION}: {error}") from error
-    older = isinstance(told, dict) and "step" in told and "run_id" not in told
-    if older and not (checkpoint / SUMS).exists():
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} was written by an older Duet, without digests: "
-            "go on with that version, or begin a new run in another output_dir"
-        )
+    lacks = "digests: go on with that version, or begin a new run in another output_dir"
+    refuse_older(checkpoint, checkpoint, told, "step", "run_id", lacks)
     try:
         check_digests(checkpoint)
         position = build(Position, told, _POSITION)

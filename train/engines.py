@@ -2,7 +2,7 @@
 
 from torch.distributed import is_initialized
 
-from duet.train.environment import engine
+from duet.train.environment import Engine, engine
 from duet.train.fully_sharded import FullySharded
 from duet.train.sharding import Sharding
 from duet.train.zero import Zero2, Zero3
@@ -10,6 +10,10 @@ from duet.train.zero import Zero2, Zero3
 _SHARDINGS = {"ddp": Sharding, "zero2": Zero2, "zero3": Zero3, "fsdp2": FullySharded}
 
 
+def sharding_of(engine: Engine) -> type[Sharding]:
+    return _SHARDINGS[engine]
+
+
 def chosen_sharding() -> type[Sharding]:
     """What accelerate's environment asks for; a process without others has nothing to share."""
-    return _SHARDINGS[engine()] if is_initialized() else Sharding
+    return sharding_of(engine()) if is_initialized() else Sharding

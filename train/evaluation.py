@@ -14,7 +14,6 @@ from duet.configs.row import Row
 from duet.configs.rows import Rows, rows_of
 from duet.configs.schema import RunConfig
 from duet.configs.turns import trained_rewards, turns
-from duet.inference.adapter_set import joined_adapters
 from duet.inference.layout import Size
 from duet.inference.outline import read_outline
 from duet.inference.processes import sharing
@@ -23,6 +22,7 @@ from duet.inference.provenance import Provenance
 from duet.inference.together import from_main, together
 from duet.rewards.registry import load_rewards
 from duet.rewards.resting import Resting
+from duet.train.given import checked
 from duet.train.labels import labels
 from duet.train.lock import locked_for_all
 from duet.train.measurement import Judges, measure
@@ -35,6 +35,10 @@ def evaluate(
 ) -> Results:
     """Evaluate the base and then each model (a tuple of checkpoints to load together), or with
     `average` the averages of its weights.
+
+    The base is what a run of the config begins with: the model, with its `model.adapters`. Those
+    stay under a checkpoint of the other part, which was trained beside them; a checkpoint of
+    their own part takes their place.
 
     With all done, `output` has a folder of pictures a model, and the results. Every model
     gets the same prompts and seeds, so differences to the base are paired. A policy is run in
@@ -62,28 +66,18 @@ def evaluate(
 def _checked(
     config: RunConfig, models: Sequence[tuple[str, ...]], average: bool, show: bool
 ) -> tuple[Rows, dict[str, tuple[str, ...]]]:
-    """The held-out rows, and every model's checkpoints by its name; the base has none."""
+    """The held-out rows, and every model's adapters by its name."""
     rows = rows_of(config, "eval", show)
-    adapters = [(), *(tuple(_check_checkpoints(config, model, average)) for model in models)]
+    begun = _by_part(checked("model.adapters", config.model.adapters, config))
+    own = [_by_part(checked("--checkpoint", model, config, average)) for model in models]
+    adapters = [tuple((begun | each).values()) for each in ({}, *own)]
     check_prompts(read_outline(config.model.path), rows, Size.of(config.sampling), show)
     return rows, dict(zip([BASE, *labels(models)], adapters, strict=True))
 
 
-def _check_checkpoints(
-    config: RunConfig, checkpoints: Sequence[str], average: bool
-) -> dict[str, Provenance]:
-    """Their adapters or weights, by folder."""
-    infos = joined_adapters("--checkpoint", checkpoints, config.model.path, average)
-    for checkpoint, info in infos.items():
-        if info.arithmetic != config.arithmetic:
-            trained, asked = info.arithmetic, config.arithmetic
-            raise UserError(
-                f"model.dtype = {asked.dtype!r} and train.mixed_precision = "
-                f"{asked.mixed_precision!r}, but {checkpoint!r} was trained with "
-                f"{trained.dtype!r} and {trained.mixed_precision!r}: give those, or another "
-                "policy than the trained one is measured"
-            )
-    return infos
+def _by_part(infos: Mapping[str, Provenance]) -> dict[str, str]:
+    """The folder of each part's."""
+    return {info.stage: folder for folder, info in infos.items()}
 
 
 def _judges(config: RunConfig) -> Judges:

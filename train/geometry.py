@@ -94,6 +94,7 @@ def setting_of(config: RunConfig, name: str) -> Any:
 def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """With other values by their dotted names."""
     for name, value in settings.items():
-        section, key = name.split(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+        section, dot, key = name.partition(".")
+        own = replace(getattr(config, section), **{key: value}) if dot else value
+        config = replace(config, **{section: own})
     return config

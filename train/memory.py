@@ -1,19 +1,19 @@
 """Memory on the device by phase and by what holds it, counted before any weight is read."""
 
-from collections import ChainMap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from duet.configs.errors import UserError
+from duet.configs.reward_schema import RewardConfig
 from duet.configs.schema import RunConfig
 from duet.inference.batching import pack
 from duet.inference.model import COMPONENTS
 from duet.inference.shapes import Sizes
 from duet.rewards.sizes import reward_sizes
 from duet.train import workload
+from duet.train.engines import sharding_of
 from duet.train.environment import Engine
-from duet.train.geometry import changed, geometry, sizes_on_first
+from duet.train.geometry import geometry, sizes_on_first
+from duet.train.prior_cache import PriorCache
 from duet.train.workload import Scoring, Subject, Work
 
 GIB = 2**30
@@ -24,13 +24,14 @@ DECODER_PARTS = ("transformer", "vae", "text_encoder")
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a module is trained, as memory counts it."""
+    """What of a part is trained, as memory counts it."""
 
+    component: str
     parameters: int
+    frozen: int  # bytes of the part's weights that are not trained
     bytes_each: int = 4  # of a master and of its gradient: float32
     states: int = 2  # copies that the optimizer holds: AdamW's two moments
     copies: int = 0  # others on the device: an average
-    replaced: int = 0  # bytes of frozen weights in whose place the masters stand
 
     @property
     def copy(self) -> int:
@@ -63,6 +64,8 @@ class Parts:
 class Phase:
     name: str
     held: dict[str, int]  # bytes at its peak, by what holds them
+    needs: tuple[str, ...]  # components
+    learns: bool = False  # else it samples
 
     @property
     def total(self) -> int:
@@ -74,7 +77,7 @@ class Step:
     """The pieces of a process's step, and how often each is done."""
 
     subject: Subject
-    tokens: Work
+    tokens: Work | None  # None: prior tokens are read from a cache, and no AR
     token_batches: int
     latents: Work
     latent_batches: int
@@ -82,8 +85,16 @@ class Step:
     pictures: int
     update: Work
     updates: int  # forward and backward passes
+    reference: Work | None  # None: no KL is asked for
+    references: int  # forwards for it, once a step for all passes
     rescore: Work
     rescores: int  # forwards for old log-probs
+    held_out: tuple[Work, Work] | None  # tokens and latents of an evaluation within the run
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The components whose weights are read."""
+        return COMPONENTS if self.tokens or self.held_out else DECODER_PARTS
 
 
 def subject_of(config: RunConfig, sizes: Sizes) -> Subject:
@@ -94,12 +105,10 @@ def subject_of(config: RunConfig, sizes: Sizes) -> Subject:
 
 def trained_of(config: RunConfig, subject: Subject) -> Trained:
     """Full weights stand in the place of the part's own; its idle submodules are float32 too."""
-    replaced = 0
-    if subject.lora is None:
-        whole = workload.weight_bytes(subject, subject.part.component)
-        replaced = whole - workload.idle_bytes(subject)
+    component, full = subject.part.component, subject.lora is None
+    frozen = workload.idle_bytes(subject) if full else workload.weight_bytes(subject, component)
     copies = 0 if config.average is None else 1
-    return Trained(workload.trained_parameters(subject), copies=copies, replaced=replaced)
+    return Trained(component, workload.trained_parameters(subject), frozen, copies=copies)
 
 
 def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
@@ -112,22 +121,34 @@ def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
     priors = engine_batches([len(sizes_of_groups)], config.rollout.batch_size)
     written = drawn if config.stage == "ar" else priors
     samples = config.optim.per_device_train_batch_size
-    micro = own // samples * config.grpo.num_iterations
+    micro = own // samples
     window = sde.window_size if config.stage == "decoder" else 1
     at_once = min(window, config.optim.steps_per_backward or window)
+    piece, whole = (Scoring(sampling, sde, samples, steps) for steps in (at_once, window))
+    pieces = micro * (window // at_once)
     return Step(
         subject,
-        workload.tokens(subject, sampling, max(written)),
+        workload.tokens(subject, sampling, max(written)) if PriorCache.of(config) is None else None,
         len(written),
         workload.latents(subject, sampling, max(drawn)),
         len(drawn),
         workload.pixels(subject, sampling),
         own,
-        workload.update(subject, Scoring(sampling, sde, samples, at_once), config.grpo.beta > 0),
-        micro * (window // at_once),
-        workload.scoring(subject, Scoring(sampling, sde, samples, window)),
-        micro // config.grpo.num_iterations if _rescored(config, processes) else 0,
+        workload.update(subject, piece),
+        pieces * config.grpo.num_iterations,
+        workload.scoring(subject, piece, True) if config.grpo.beta > 0 else None,
+        pieces,
+        workload.scoring(subject, whole, False),
+        micro if _rescored(config, processes) else 0,
+        _held_out(config, subject),
     )
+
+
+def _held_out(config: RunConfig, subject: Subject) -> tuple[Work, Work] | None:
+    if config.train.eval_steps is None:
+        return None
+    asked = subject, config.sampling, config.rollout.batch_size
+    return workload.tokens(*asked), workload.latents(*asked)
 
 
 def _rescored(config: RunConfig, processes: int) -> bool:
@@ -144,125 +165,118 @@ def engine_batches(sizes: Sequence[int], cap: int) -> list[int]:
     return [len(b) for part in together for b in pack(range(sum(sizes[i] for i in part)), cap)]
 
 
-def phases(config: RunConfig, step: Step, processes: int, engine: Engine = "ddp") -> list[Phase]:
-    """In their order; rewards are scored beside the sampling of the next batch."""
-    subject, rewards = step.subject, (*config.rewards, *config.watch.rewards)
-    evaluates = config.train.eval_steps is not None
-    if evaluates:
-        rewards += config.eval.rewards
-    trained, parts = trained_of(config, subject), Parts.of(engine, processes)
-    always = {
-        "optimizer state": (trained.states + parts.masters) * trained.copy // parts.state,
-        "copies of the trained weights": trained.copies * trained.copy // parts.weights,
-        **_buckets(engine, trained, processes),
-        "reward models": reward_sizes(rewards).bytes,
+def phases(
+    config: RunConfig,
+    step: Step,
+    processes: int,
+    beside: Sequence[RunConfig] = (),
+    engine: Engine = "ddp",
+) -> list[Phase]:
+    """In their order; rewards are scored beside the sampling of the next batch.
+
+    `beside`: the configs of the run's other turns, whose weights, optimizer and rewards wait;
+    `engine`: what spreads the trained parts over the processes.
+    """
+    offloads, turns = config.model.offload == "phase", (config, *beside)
+    trained = [trained_of(turn, subject_of(turn, step.subject.sizes)) for turn in turns]
+    parts = Parts.of(engine, processes)
+    always = _always(trained, processes, engine)
+    stays = () if sharding_of(engine).movable else tuple(t.component for t in trained)
+    judges = turns[:1] if offloads else turns
+    rewards = reward_sizes(r for turn in judges for r in _rewards(turn))
+
+    def whole(phase: Phase) -> Phase:
+        present = {*phase.needs, *stays} if offloads else set(step.read)
+        weights = _weights(step.subject, trained, present, parts, phase.learns)
+        judging = {} if offloads and phase.learns else {"reward models": rewards.bytes}
+        held = weights | phase.held | always | judging
+        return replace(phase, held={name: size for name, size in held.items() if size})
+
+    return [whole(phase) for phase in (*_sampling(step), *_learning(step, trained[0], parts))]
+
+
+def _rewards(config: RunConfig) -> Iterator[RewardConfig]:
+    """Those that are loaded."""
+    yield from (*config.rewards, *config.watch.rewards)
+    if config.train.eval_steps is not None:
+        yield from config.eval.rewards
+
+
+def _sampling(step: Step) -> Iterator[Phase]:
+    """Each with what its work holds alone."""
+    if step.tokens:
+        yield Phase("AR tokens", step.tokens.held, ("vision_language_encoder",))
+    yield Phase("latents", step.latents.held, DECODER_PARTS)
+    yield Phase("pixels", {"VAE decode": step.pixels.held["working set"]}, DECODER_PARTS)
+    yield Phase("rewards", {}, DECODER_PARTS)
+    if step.held_out:
+        tokens, latents = step.held_out
+        yield Phase("held-out tokens", tokens.held, ("vision_language_encoder",))
+        yield Phase("held-out latents", latents.held, DECODER_PARTS)
+
+
+def _learning(step: Step, own: Trained, parts: Parts) -> Iterator[Phase]:
+    """Each with what its work holds alone."""
+
+    def phase(name: str, held: dict[str, int]) -> Phase:
+        return Phase(name, held, (own.component,), learns=True)
+
+    waiting, compared = {"gradients": own.copy // parts.state}, {}
+    yield phase("old log-probs", {"working set": max(step.rescore.peaks)})
+    if step.reference:
+        compared["reference"] = step.references * step.reference.kept["scores"]
+        forward = {"working set": step.reference.held["working set"]}
+        yield phase("reference", compared | forward)
+    yield phase("update", waiting | compared | step.update.held)
+    # AdamW works on all parameters at once, with one more copy of them
+    copy = {"working set": own.copy // parts.state}
+    yield phase("optimizer step", waiting | compared | copy)
+
+
+def _weights(
+    subject: Subject,
+    trained: Collection[Trained],
+    present: Collection[str],
+    parts: Parts,
+    learns: bool,
+) -> dict[str, int]:
+    """The model's, of the components that are `present`. What is cut is gathered whole to sample,
+    and a block at a time to learn.
+    """
+    here = [t for t in trained if t.component in present]
+    others = set(present) - {t.component for t in here}
+    frozen = sum(workload.weight_bytes(subject, c) for c in others)
+    held = {"frozen weights": frozen}
+    if parts.weights == 1 or not learns:
+        held["frozen weights"] += sum(t.frozen for t in here)
+        held["trained weights"] = sum(t.copy for t in here)
+    if parts.weights > 1:
+        cut = sum(t.frozen + t.copy for t in here)
+        held["shards of the trained parts"] = cut // parts.weights
+    if parts.weights > 1 and learns:  # the one that runs, the next, and a gradient
+        held["gathered blocks"] = 3 * workload.block_bytes(subject)
+    return held
+
+
+def _always(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
+    """What is there in every phase."""
+    parts = Parts.of(engine, processes)
+    return {
+        "optimizer state": sum((t.states + parts.masters) * t.copy for t in trained) // parts.state,
+        "copies of the trained weights": sum(t.copies * t.copy for t in trained) // parts.weights,
+        **_buckets(trained, processes, engine),
         "CUDA context, workspaces (assumed)": RESERVE,
     }
-    component = subject.part.component
-    rest = workload.weight_bytes(subject, component) - trained.replaced  # of the trained part
-
-    def phase(
-        name: str, needed: Sequence[str], held: dict[str, int], learns: bool = False
-    ) -> Phase:
-        present = set(needed if config.model.offload == "phase" else COMPONENTS)
-        if engine != "ddp":  # whose buffers hold the trained part
-            present.add(component)
-        frozen = sum(workload.weight_bytes(subject, c) for c in present - {component})
-        weights = {"frozen weights": frozen}
-        if parts.weights > 1:
-            weights["shards of the trained part"] = (rest + trained.copy) // parts.weights
-        if parts.weights > 1 and learns:  # the one that runs, the next, and a gradient
-            weights["gathered blocks"] = 3 * workload.block_bytes(subject)
-        elif component in present:  # sampling gathers all
-            weights |= {"frozen weights": frozen + rest, "trained weights": trained.copy}
-        return Phase(name, {k: v for k, v in (weights | held | always).items() if v})
-
-    gradients = {"gradients": trained.copy // parts.state}
-    own = (component,)
-    held_out = []
-    if evaluates:
-        asked = subject, config.sampling, config.rollout.batch_size
-        tokens, latents = workload.tokens(*asked).held, workload.latents(*asked).held
-        held_out = [
-            phase("held-out tokens", ("vision_language_encoder",), tokens),
-            phase("held-out latents", DECODER_PARTS, latents),
-        ]
-    backward, forward = step.update.held, step.rescore.held
-    return [
-        phase("AR tokens", ("vision_language_encoder",), step.tokens.held),
-        phase("latents", DECODER_PARTS, step.latents.held),
-        phase("pixels", DECODER_PARTS, {"VAE decode": step.pixels.held["working set"]}),
-        phase("rewards", DECODER_PARTS, {}),
-        phase("old log-probs", own, forward, learns=True),
-        phase("update", own, gradients | backward, learns=True),
-        # AdamW works on all parameters at once, with one more copy of them
-        phase(
-            "optimizer step", own, gradients | {"working set": trained.copy // parts.state}, True
-        ),
-        *held_out,
-    ]
 
 
-def _buckets(engine: Engine, trained: Trained, processes: int) -> dict[str, int]:
+def _buckets(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
     """What gradients are sent in; FSDP2 sends them block by block."""
     if processes == 1 or engine == "fsdp2":
         return {}
     if engine == "ddp":
-        return {"DDP buckets": trained.copy}
-    return {"ZeRO's bucket": min(trained.copy, _ZERO_BUCKET * trained.bytes_each)}
+        return {"DDP buckets": sum(t.copy for t in trained)}
+    return {"ZeRO's buckets": sum(min(t.parameters, _ZERO_BUCKET) * t.bytes_each for t in trained)}
 
 
 def peak(found: Sequence[Phase]) -> Phase:
     return max(found, key=lambda phase: phase.total)
-
-
-def savings(
-    config: RunConfig, sizes: Sizes, processes: int, memory: int, engine: Engine = "ddp"
-) -> dict | None:
-    """The settings that make it fit, the cheapest first; None: no setting does."""
-
-    def fits(applied: Sequence[dict[str, Any]]) -> bool:
-        now = changed(config, dict(ChainMap(*reversed(applied))))
-        step = step_of(now, sizes, processes)
-        return peak(phases(now, step, processes, engine)).total <= memory
-
-    applied: list[dict[str, Any]] = []
-    for saving in _savings(config):
-        if fits(applied):
-            break
-        applied.append(saving)
-    if not fits(applied):
-        return None
-    for saving in reversed(applied[:-1]):  # what it fits without, the dearest first
-        fewer = [other for other in applied if other is not saving]
-        applied = fewer if fits(fewer) else applied
-    return {name: value for saving in applied for name, value in saving.items()}
-
-
-def _savings(config: RunConfig) -> Iterator[dict[str, Any]]:
-    optim, size = config.optim, config.rollout.batch_size
-    share = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
-    yield {"optim.gradient_checkpointing": True}
-    if config.stage == "decoder" and config.grpo.importance_sampling_level == "token":
-        yield {"optim.steps_per_backward": 1}
-    yield {"optim.per_device_train_batch_size": 1, "optim.gradient_accumulation_steps": share}
-    yield {"model.offload": "phase"}
-    while size > 1:
-        size //= 2
-        yield {"rollout.batch_size": size}
-
-
-def require_fit(
-    config: RunConfig, sizes: Sizes, processes: int, memory: int, engine: Engine = "ddp"
-) -> None:
-    """Raises UserError where a step needs more than the device's `memory` in bytes."""
-    worst = peak(phases(config, step_of(config, sizes, processes), processes, engine))
-    if worst.total <= memory:
-        return
-    largest = max(worst.held, key=worst.held.get)
-    raise UserError(
-        f"the GPU has {memory / GIB:.1f} GiB and the phase {worst.name!r} needs "
-        f"{worst.total / GIB:.1f} GiB, {worst.held[largest] / GIB:.1f} of them {largest}: "
-        f"`duet plan CONFIG --gpus {processes} --engine {engine} --memory-gib "
-        f"{memory / GIB:.0f}` tells which settings fit"
-    )

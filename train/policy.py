@@ -47,13 +47,13 @@ class Policy:
         optim: OptimConfig,
         updates: int,
         average: AverageConfig | None = None,
-        source: Path | None = None,
+        source: str | Path | None = None,
     ) -> None:
         """`module`: the part itself, frozen; `updates`: of the whole run, for the learning
         rate's schedule; `source`: the folder of the weights of a module that has none yet.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
-        began = tuning.attach(module)
+        tuning.attach(module)
         self.sharding = chosen_sharding()(accelerator, module, tuning.info.part.block)
         self.trained = self.sharding.trained
         optimizer = AdamW(
@@ -68,7 +68,7 @@ class Policy:
         if source is not None:
             fill_weights(module, source, self.sharding)
             self.sharding.settle()
-        self.initial = None if began is None else copies(self.held)  # as it began
+        self.initial = None if tuning.fresh else copies(self.held)  # as it began
         self.average = None if average is None else Average(average, self.held)
         self.skipped_in_a_row = 0  # updates
         self._losses: list[Tensor] = []  # of the micro-batches since the last update

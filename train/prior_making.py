@@ -1,6 +1,6 @@
 """Filling a cache of prior tokens, part by part, on one process or several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from duet.inference.processes import sharing
 from duet.inference.prompt_check import check_prompts
 from duet.inference.together import from_main, in_rounds, together
 from duet.train.checkpoint import sync_tree
+from duet.train.given import Given, given, load_given
 from duet.train.lock import locked_for_all
 from duet.train.prior_cache import ROWS, PriorCache, check_cache, require_same
 from duet.train.prior_stamp import Stamp, make_stamp
@@ -48,7 +49,9 @@ def _filled(config: RunConfig, state: PartialState) -> Path:
         rows = rows_of(config, "train", show)
         require_references(config, rows)
         check_prompts(read_outline(config.model.path), rows, Size.of(config.sampling), show)
-        stamp = make_stamp(config, rows, base_fingerprint(config.model.path, AR.component))
+        begun = given(config)
+        ar = base_fingerprint(config.model.path, AR.component)
+        stamp = make_stamp(config, rows, ar, begun.get(AR.name))
     if from_main(state, lambda: _stands(config, cache, stamp, rows)):
         if state.is_main_process:
             tell("the prior tokens are there already")
@@ -56,7 +59,7 @@ def _filled(config: RunConfig, state: PartialState) -> Path:
     partial = PriorCache(cache.folder.with_name(f".{cache.folder.name}.partial"))
     parts = from_main(state, lambda: _begin(config, partial, stamp, rows))
     own = parts[state.process_index :: state.num_processes]
-    for _ in in_rounds(state, _make(config, partial, rows, own, state)):
+    for _ in in_rounds(state, _make(config, partial, rows, own, begun, state)):
         pass
 
     def finish() -> None:
@@ -103,6 +106,7 @@ def _make(
     cache: PriorCache,
     rows: Sequence[Row],
     parts: Sequence[int],
+    begun: Mapping[str, Given],
     state: PartialState,
 ) -> Iterator[int]:
     """Each part when it is written."""
@@ -111,6 +115,7 @@ def _make(
     model, rollout, show = config.model, config.rollout, state.is_local_main_process
     others = [name for name in COMPONENTS if name != AR.component]
     pipeline = load_pipeline(model.path, model.dtype, str(state.device), model.offload, others)
+    load_given(pipeline, begun, [AR.name])
     size = Size.of(config.sampling)
     engine = Engine.of(pipeline, config, show)
     epochs = [fixed_seeds(len(rows), config.seed, e) for e in range(rollout.priors_per_prompt)]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from duet.configs.row import Row
 from duet.configs.schema import RunConfig
+from duet.train.given import Given
 from duet.train.prior_tokens import is_encoded
 
 Stamp = Mapping[str, Any]  # a setting's name, "ar", "adapter", "rows": as JSON holds it
@@ -28,12 +29,14 @@ _SETTINGS = (
 )
 
 
-def make_stamp(config: RunConfig, rows: Sequence[Row], ar: str) -> Stamp:
-    """`ar`: the fingerprint of the AR's weights."""
+def make_stamp(
+    config: RunConfig, rows: Sequence[Row], ar: str, begun: Given | None = None
+) -> Stamp:
+    """`ar`: the fingerprint of the AR's weights; `begun`: what `model.adapters` puts on them."""
     return {
         **{name: attrgetter(name)(config) for name in _SETTINGS},
         "ar": ar,
-        "adapter": None,  # a decoder's run has the AR as its checkpoint has it
+        "adapter": begun and begun.digest,
         "rows": [_digest(row, is_encoded(config.rollout.priors, row)) for row in rows],
     }
 
@@ -58,7 +61,7 @@ def differences(made: Stamp, now: Stamp, config: RunConfig, rows: Sequence[Row])
     if made.get("ar") != now["ar"]:
         yield f"the AR of model.path = {config.model.path!r} has other weights"
     if made.get("adapter") != now["adapter"]:
-        yield f"the AR's adapter is {now['adapter']!r} and was {made.get('adapter')!r}"
+        yield f"the AR of model.adapters = {list(config.model.adapters)!r} is another"
     was, are = made.get("rows", []), now["rows"]
     if len(was) != len(are):
         yield f"data.train has {len(are)} rows and had {len(was)}"

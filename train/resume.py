@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from duet.configs.turns import turns
 from duet.inference.adapter_files import AdapterInfo
 from duet.inference.fingerprint import fingerprint
 from duet.inference.model import COMPONENTS, model_folder
+from duet.inference.parts import PARTS
 from duet.inference.provenance import Provenance
 from duet.inference.trained import averaged, check_trained
 from duet.train.checkpoint import Inputs, Position, checkpoints, part_folder, read_position
+from duet.train.given import Given
 from duet.train.metrics import read_metrics
 from duet.train.resized import SHARE, what_changes
 from duet.train.row_digest import row_digest
@@ -67,11 +69,12 @@ class Start:
     step: int = 0  # rollouts that are done
 
 
-def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
-    """Raises UserError for a model that is not there."""
+def read_inputs(config: RunConfig, rows: Sequence[Row], begun: Mapping[str, Given]) -> Inputs:
+    """`begun`: what parts begin with. Raises UserError for a model that is not there."""
     folder = model_folder(config.model.path)
     model = {name: fingerprint(folder / name) for name in COMPONENTS}
-    return Inputs(model, row_digest(rows))
+    adapters = {part: each.digest for part, each in begun.items()}
+    return Inputs(model, row_digest(rows), adapters)
 
 
 def find_start(config: RunConfig, processes: int, inputs: Inputs) -> Start:
@@ -162,6 +165,13 @@ def _require_agreement(
             raise UserError(
                 f"model.path = {config.model.path!r} has another {part} than {checkpoint} was "
                 "trained with: give that model to go on"
+            )
+    for part in PARTS:
+        if position.inputs.adapters.get(part) != inputs.adapters.get(part):
+            raise UserError(
+                f"model.adapters = {list(config.model.adapters)!r} gives the {part} another "
+                f"beginning than {checkpoint} was trained from: give that one to go on, or begin "
+                "a new run in another output_dir"
             )
     if position.inputs.data != inputs.data:
         raise UserError(

@@ -27,9 +27,10 @@ from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.engines import chosen_sharding
 from duet.train.environment import engine, processes_alone, require_own_settings
+from duet.train.fitting import require_fit
 from duet.train.geometry import geometry
+from duet.train.given import Given, given, load_given
 from duet.train.held_out import HeldOut, evaluation_id
-from duet.train.memory import require_fit
 from duet.train.policy import Policy
 from duet.train.prior_cache import PriorCache, check_cache
 from duet.train.prior_stamp import make_stamp
@@ -62,16 +63,21 @@ def prepare(config: RunConfig) -> Training:
     }
     for part in parts.values():
         require_references(part, rows)
-    start = from_main(accelerator, lambda: find_start(config, processes, read_inputs(config, rows)))
+    begun = from_main(accelerator, lambda: given(config))
+    start = from_main(
+        accelerator, lambda: find_start(config, processes, read_inputs(config, rows, begun))
+    )
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
         for part in parts.values():
-            require_fit(part, model_folder(config.model.path), processes, memory, engine())
+            beside = [other for other in parts.values() if other is not part]
+            sizes = model_folder(config.model.path)
+            require_fit(part, sizes, processes, memory, beside, engine())
     outline = read_outline(config.model.path)
     size = Size.of(config.sampling)
     for each in (rows, held_out):
         check_prompts(outline, each, size, show)
-    unread = _unread(parts, rows, start, accelerator)
+    unread = _unread(parts, rows, start, begun, accelerator)
     loaded = load_scorers(config, parts)
     for name, part in parts.items():
         if divided[name].spread:
@@ -79,6 +85,8 @@ def prepare(config: RunConfig) -> Training:
     set_seed(config.seed)
     empty = _empty(parts, accelerator)
     pipeline = _pipeline(config, accelerator, unread, empty)
+    frozen = [p.name for p in PARTS.values() if p.name not in parts and p.component not in unread]
+    load_given(pipeline, begun, frozen)
     stages = {
         name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
     }
@@ -86,7 +94,15 @@ def prepare(config: RunConfig) -> Training:
         for stage in stages.values():
             stage.engine.placement.fixed |= {PARTS[name].component for name in parts}
     policies = {
-        name: _policy(part, stages[name], accelerator, start, divided[name].updates, name in empty)
+        name: _policy(
+            part,
+            stages[name],
+            accelerator,
+            start,
+            begun.get(name),
+            divided[name].updates,
+            name in empty,
+        )
         for name, part in parts.items()
     }
     signals = Signals()
@@ -126,15 +142,19 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
 
 
 def _unread(
-    parts: Mapping[str, RunConfig], rows: Sequence[Row], start: Start, accelerator: Accelerator
+    parts: Mapping[str, RunConfig],
+    rows: Sequence[Row],
+    start: Start,
+    begun: Mapping[str, Given],
+    accelerator: Accelerator,
 ) -> list[str]:
     """The AR, where a cache gives the decoder's priors and no held-out prompt asks for others;
     that the cache is this run's is checked here."""
     decoder = parts.get(DECODER.name)
     if decoder is None or PriorCache.of(decoder) is None:
         return []
-    ar = start.inputs.model[AR.component]
-    from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar), rows))
+    ar, its = start.inputs.model[AR.component], begun.get(AR.name)
+    from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar, its), rows))
     return [AR.component] if decoder.train.eval_steps is None else []
 
 
@@ -168,16 +188,19 @@ def _policy(
     stage: Stage,
     accelerator: Accelerator,
     start: Start,
+    begun: Given | None,
     updates: int,
     empty: bool,
 ) -> Policy:
     part, sampler = stage.part, stage.engine
-    tuning = tuning_of(config, start.inputs.model[part.component])
+    source, own = None, begun and begun.folder
+    if empty:
+        source, own = own or weights_of(config.model.path, part), None
+    tuning = tuning_of(config, start.inputs.model[part.component], own)
     module = part.module(sampler.pipeline)
     sampler.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, part.block)
-    source = weights_of(config.model.path, part) if empty else None
     return Policy(accelerator, module, tuning, config.optim, updates, config.average, source)
 
 

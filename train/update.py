@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from duet.inference.batching import pack
@@ -14,7 +15,7 @@ from duet.train.gap import Gap
 from duet.train.loss import Actions, Counts, policy_loss, truncated_weight
 from duet.train.metrics import Totals
 from duet.train.run import Run
-from duet.train.stages import Piece, Scored, sampled_logprobs
+from duet.train.stages import Piece, Scored, Stage, sampled_logprobs
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,25 @@ def forwards_of(run: Run, batches: Sequence[Sequence[Rollout]]) -> list[int]:
     return [max(each) for each in zip(*every, strict=True)]
 
 
-@torch.no_grad()
 def rescore(run: Run, rollouts: Sequence[Rollout]) -> Tensor:
     """Log-probs [B, T] by the training forward, at the update's own micro-batches."""
-    size, module = run.config.optim.per_device_train_batch_size, run.policy.module
-    batches = [batch.rollouts for batch in micro_batches(rollouts, size)]
-    counted = list(zip(batches, forwards_of(run, batches), strict=True))
-    with tqdm(counted, desc="old log-probs", leave=False, disable=not run.shows) as bar:
-        return torch.cat([run.stage.score(b, module, n).logprobs for b, n in bar])
+    batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
+    forwards = forwards_of(run, [batch.rollouts for batch in batches])
+    return replay(run.stage, run.policy.module, batches, forwards, run.shows)
+
+
+@torch.no_grad()
+def replay(
+    stage: Stage,
+    module: Module,
+    batches: Sequence[MicroBatch],
+    forwards: Sequence[int] | None = None,
+    show: bool = False,
+) -> Tensor:
+    """Log-probs [B, T] by the module; `forwards`: of `forwards_of`, or None of one process."""
+    counted = list(zip(batches, forwards or [0] * len(batches), strict=True))
+    with tqdm(counted, desc="old log-probs", leave=False, disable=not show) as bar:
+        return torch.cat([stage.score(b.rollouts, module, n).logprobs for b, n in bar])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from duet.configs.schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.inference import autoregressive, decoder, pictures
 from duet.inference.adapters import adapter_disabled, add_adapter
 from duet.inference.decoding import TokenDecoder, TokenJob
@@ -240,20 +240,22 @@ class Scoring:
 
 
 @by_layers(lambda subject: subject.part.component)
-def scoring(subject: Subject, asked: Scoring) -> Work:
-    """Log-probs without gradients."""
+def scoring(subject: Subject, asked: Scoring, reference: bool) -> Work:
+    """Log-probs without gradients, by the policy or its reference; the scores are kept."""
     module = subject.build(subject.part.component)
     with without_values(module) as meter, torch.no_grad():
         score = _scorer(subject, asked, module)
         begun = meter.stretch().live
-        with subject.running():
-            score()
+        whose = _reference(subject, module) if reference else nullcontext()
+        with whose, subject.running():
+            scores = score()
         made = meter.stretch()
-        return Work({}, (made.peak - begun,), made.kernels)
+        del scores  # alive until here
+        return Work({"scores": made.live - begun}, (made.peak - begun,), made.kernels)
 
 
 @by_layers(lambda subject: subject.part.component)
-def update(subject: Subject, asked: Scoring, reference: bool) -> Work:
+def update(subject: Subject, asked: Scoring) -> Work:
     """A forward and backward pass, the gradients of an earlier one being there."""
     module = subject.build(subject.part.component)
     with without_values(module) as meter:
@@ -261,19 +263,14 @@ def update(subject: Subject, asked: Scoring, reference: bool) -> Work:
             parameter.grad = torch.zeros_like(parameter)
         score = _scorer(subject, asked, module)
         begun = meter.stretch().live
-        compared = []  # what waits for the loss beside the policy's own
-        if reference:
-            with torch.no_grad(), _reference(subject, module), subject.running():
-                compared.append(score())
-        parts = [meter.stretch()]
         with lora_dropout(module):
             with subject.running():
                 scored = score()
-            parts.append(meter.stretch())
+            parts = [meter.stretch()]
             scored.logprobs.sum().backward()
         parts.append(meter.stretch())
         logits = _logits_bytes(subject, module, asked) if subject.stage == "ar" else 0
-        kept = {"activations": parts[1].live - begun - logits, "logits": logits}
+        kept = {"activations": parts[0].live - begun - logits, "logits": logits}
         peaks = tuple(part.peak - begun for part in parts)
         return Work(kept, peaks, sum((part.kernels for part in parts), Counter()))
 

@@ -30,7 +30,7 @@ from duet.train import gate
 from duet.train.gap import Gap
 from duet.train.prompts import draw_groups
 from duet.train.stages import STAGES, Stage, sampled_logprobs
-from duet.train.update import rescore
+from duet.train.update import micro_batches, replay
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 SHIPPED = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]  # as configs/glm_image has it
@@ -178,7 +178,8 @@ BREAKAGES: dict[str, list[Breakage]] = {
 def rescored(bench: Bench, breakage: Breakage = right) -> torch.Tensor:
     """Log-probs [B, T] of the bench's rollouts by a (broken) replay."""
     with breakage(bench) as rollouts:
-        return rescore(bench.stage, bench.module, rollouts, bench.batch_size)
+        batches = micro_batches(rollouts, bench.batch_size)
+        return replay(bench.stage, bench.module, batches)
 
 
 _HEAD = (
