@@ -186,7 +186,7 @@ def latents(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
         x, given = _noise(dit, sampling, samples), _given(dit, sampling, samples)
         begun = meter.stretch().live
         with subject.running():
-            decoder.velocity(dit, x, torch.zeros(samples), given, sampling.guidance_scale)
+            decoder.velocity(dit, x, torch.zeros(samples), given, None, sampling.guidance_scale)
         step = meter.stretch()
         kernels = repeated(step.kernels, sampling.num_inference_steps)
         return Work({}, (step.peak - begun,), kernels)
