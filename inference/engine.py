@@ -39,7 +39,7 @@ from duet.inference.rollout import (
     seeded,
 )
 from duet.inference.samples import Kind, join
-from duet.inference.sources import Source, at_size, source_size
+from duet.inference.sources import Source, at_size, source_grid, source_size
 
 
 class Engine:
@@ -171,7 +171,7 @@ class Engine:
         written = [self.ready(r) for r in requests if r.prior is None]
         if written:
             self.placement.bring("vision_language_encoder")
-        prompts = [self._prompt(r) for r in written]
+        prompts = [self.prompt(r) for r in written]
         jobs = [
             TokenJob(p, seed) for p, r in zip(prompts, written, strict=True) for seed in r.seeds
         ]
@@ -228,7 +228,8 @@ class Engine:
         sources = [self._sources(request)] * len(prior) if request.sources else None
         return Conditions(glyphs, upsampled, self.null_glyphs, request.size, sources)
 
-    def _prompt(self, request: Request) -> Prompt:
+    def prompt(self, request: Request) -> Prompt:
+        """Of a ready request, for all of its samples."""
         make = edit_prompt if request.sources else text_prompt
         return make(self.pipeline.processor, request)
 
@@ -238,8 +239,8 @@ class Engine:
         for picture, tokens in zip(request.sources, request.source_tokens, strict=True):
             with self.arithmetic():
                 latents = pictures.encode(self.pipeline.vae, picture).cpu()
-            grid = Size(picture.height, picture.width).grid
-            sources.append(Source(latents, upsample_prior(tokens, grid)[0]))
+            upsampled = upsample_prior(tokens, source_grid(picture))[0]
+            sources.append(Source(latents, upsampled))
         return tuple(sources)
 
     @cached_property

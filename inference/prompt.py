@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from duet.configs.errors import UserError
 from duet.inference.layout import Grid, Size, grid_positions, preview_grid, prompt_positions
 from duet.inference.request import Request
+from duet.inference.sources import source_grid
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ def edit_prompt(processor: ProcessorMixin, request: Request) -> Prompt:
             "the checkpoint's chat template does not put a source between image start and end: "
             "take the released one"
         )
-    grids = [Size(picture.height, picture.width).grid for picture in request.sources]
-    positions = prompt_positions(is_source, grids)
+    positions = prompt_positions(is_source, [source_grid(p) for p in request.sources])
     ids = ids.masked_scatter(is_source, torch.cat(request.source_tokens))
     return Prompt(ids, positions.columns, positions.end, (request.size.grid,))
 

@@ -10,7 +10,7 @@ from transformers.models.glm_image.image_processing_glm_image import smart_resiz
 
 from duet.configs.errors import UserError
 from duet.configs.pictures import Stored, read_picture, shown_size
-from duet.inference.layout import PIXELS_PER_TOKEN, Size
+from duet.inference.layout import PIXELS_PER_TOKEN, Grid, Size
 
 _MOST_ASPECT = 4  # long side over short: of the image processor
 
@@ -58,6 +58,11 @@ def _of_processor(processor: GlmImageImageProcessor, height: int, width: int) ->
     sides = [side // processor.patch_size * PIXELS_PER_TOKEN for side in resized]
     # rounding may have made it longer than the processor itself allows
     return Size(*(min(side, _MOST_ASPECT * min(sides)) for side in sides))
+
+
+def source_grid(picture: Image.Image) -> Grid:
+    """Of a picture at its size."""
+    return Size(picture.height, picture.width).grid
 
 
 def at_size(stored: Stored, size: Size) -> Image.Image:

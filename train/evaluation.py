@@ -143,7 +143,9 @@ def _evaluate_model(
 ) -> _Made:
     size, count = _size(config), config.eval.images_per_prompt
     requests = [
-        Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
+        Request(
+            row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size, row.sources
+        )
         for i, row in enumerate(rows)
     ]
     made = _Made([[]] * len(rows), {name: [[]] * len(rows) for name in judges.rewards})

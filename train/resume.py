@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from duet.configs.digests import Damaged
 from duet.configs.errors import UserError, require_folder, tell
-from duet.configs.row import PICTURES, Row
+from duet.configs.row import PICTURES, SOURCES, Row
 from duet.configs.schema import RunConfig
 from duet.configs.turns import turns
 from duet.inference.adapter_files import AdapterInfo
@@ -69,6 +69,8 @@ def read_inputs(config: RunConfig, rows: Sequence[Row]) -> Inputs:
     digest = hashlib.sha256()
     for row in rows:  # a picture by its name: a data set may be moved
         named = {k: _name(v) if k in PICTURES else v for k, v in row.items()}
+        if SOURCES in row:
+            named[SOURCES] = list(map(_name, row[SOURCES]))
         digest.update(json.dumps(named, sort_keys=True, default=repr).encode() + b"\n")
     return Inputs(model, digest.hexdigest())
 

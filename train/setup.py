@@ -96,6 +96,9 @@ def prepare(config: RunConfig) -> Training:
     first = next(iter(stages.values()))  # what is judged is what trains
     gate.check_schedule(first.engine, size)
     gate.check_reference(first.engine, rows[0].prompt, size, config.arithmetic.precision)
+    edit = next((row for row in rows if row.sources), None)
+    if edit is not None:
+        gate.check_edit(first.engine, edit.prompt, edit.sources, size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training

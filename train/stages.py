@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 
 from duet.configs.schema import RunConfig
 from duet.inference.batching import pack
@@ -16,13 +17,14 @@ from duet.inference.engine import Engine
 from duet.inference.flow import Gaussian
 from duet.inference.layout import Size
 from duet.inference.parts import AR, DECODER, Part
+from duet.inference.prompt import text_grids
 from duet.inference.request import Request
 from duet.inference.rollout import LatentTrajectory, Rollout
 from duet.inference.samples import Samples, join
 from duet.train.gap import Bounds
 from duet.train.loss import k3_kl
 from duet.train.prior_cache import PriorCache
-from duet.train.prior_tokens import make_priors
+from duet.train.prior_tokens import Priors, make_priors
 from duet.train.prompts import Group, derive_seed
 
 
@@ -46,11 +48,15 @@ class Piece:
 
 
 class Stage(Protocol):
-    """An action is a visual token (AR) or a denoising step (decoder): T of them a sample."""
+    """An action is a visual token (AR) or a denoising step (decoder).
+
+    T of them a sample in every step, batch and process; one with fewer has zeros in front.
+    """
 
     part: Part
     engine: Engine
     size: Size
+    actions: int  # T
 
     def requests(self, groups: Sequence[Group]) -> list[Request]:
         """What a step asks of the engine, all its groups at once."""
@@ -59,7 +65,7 @@ class Stage(Protocol):
         """The SDE steps of a rollout."""
 
     def sampled(self, rollout: Rollout) -> Tensor:
-        """Log-probs [N, T] as the sampler recorded them."""
+        """Log-probs as the sampler recorded them, [N, the rollout's own number of actions]."""
 
     def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
         """A micro-batch, in as many backward passes as memory asks for."""
@@ -82,6 +88,8 @@ class ArStage:
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine = engine
         self.size = Size.of(config.sampling)
+        # an edit has the large grid alone
+        self.actions = sum(grid.count for grid in text_grids(self.size))
 
     def requests(self, groups: Sequence[Group]) -> list[Request]:
         return [_request(self.engine, group, self.size) for group in groups]
@@ -97,7 +105,7 @@ class ArStage:
 
     def score(self, rollouts: Sequence[Rollout], module: Module) -> Scored:
         scores = self.engine.score_tokens([r.tokens for r in rollouts], module)
-        return Scored(scores.logprobs, scores.entropy)
+        return Scored(*(at_end(x, self.actions) for x in (scores.logprobs, scores.entropy)))
 
     def kl(self, scored: Scored, reference: Scored) -> Tensor:
         return k3_kl(scored.logprobs, reference.logprobs)
@@ -124,17 +132,20 @@ class DecoderStage:
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine, self.config = engine, config
         self.size = Size.of(config.sampling)
+        self.actions = config.sde.window_size
         self.cache = PriorCache.of(config)
 
     def requests(self, groups: Sequence[Group]) -> list[Request]:
         asked = [_request(self.engine, group, self.size) for group in groups]
         priors = self._priors(groups) if self.cache is None else map(self.cache.prior, groups)
-        return [replace(r, prior=prior) for r, prior in zip(asked, priors, strict=True)]
+        return [
+            replace(r, prior=own.tokens[0], source_tokens=own.sources or None)
+            for r, own in zip(asked, priors, strict=True)
+        ]
 
-    def _priors(self, groups: Sequence[Group]) -> list[Tensor]:
+    def _priors(self, groups: Sequence[Group]) -> list[Priors]:
         rows, seeds = [g.row for g in groups], [(g.fixed_seed,) for g in groups]
-        made = make_priors(self.engine, self.size, self.config.rollout.priors, rows, seeds)
-        return [prior[0] for prior in made]
+        return make_priors(self.engine, self.size, self.config.rollout.priors, rows, seeds)
 
     def window(self, step: int) -> range:
         """One window for all groups of a step, so within each group too."""
@@ -181,12 +192,25 @@ class DecoderStage:
 
 def _request(engine: Engine, group: Group, size: Size) -> Request:
     noise = engine.initial_noise(group.fixed_seed, size)
-    return Request(group.row["prompt"], group.seeds, size, noise=noise)
+    return Request(group.row["prompt"], group.seeds, size, group.row.sources, noise=noise)
 
 
 def sampled_logprobs(stage: Stage, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
     """Of all samples in their order, [B, T]."""
-    return torch.cat([stage.sampled(r) for r in rollouts]).to(device)
+    return torch.cat([at_end(stage.sampled(r), stage.actions) for r in rollouts]).to(device)
+
+
+def taken_actions(stage: Stage, rollouts: Sequence[Rollout], device: torch.device) -> Tensor | None:
+    """Which of T actions each sample has, bool [B, T]; None: all."""
+    own = [torch.ones_like(stage.sampled(r), dtype=torch.bool) for r in rollouts]
+    if all(x.shape[1] == stage.actions for x in own):
+        return None
+    return torch.cat([at_end(x, stage.actions) for x in own]).to(device)
+
+
+def at_end(values: Tensor, count: int) -> Tensor:
+    """[..., T'] -> [..., count], zeros in front."""
+    return pad(values, (count - values.shape[-1], 0))
 
 
 STAGES = {stage.part.name: stage for stage in (ArStage, DecoderStage)}
