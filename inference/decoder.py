@@ -10,23 +10,16 @@ from torch.nn import Module
 from duet.inference.flow import SDE_STEPS, Gaussian, ode_step
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, seeded
 from duet.inference.samples import join
-from duet.inference.source_attention import SourceAttention, read_sources
+from duet.inference.source_attention import Seen, SourceAttention, see
 
 
-def velocity(
-    dit: Module,
-    x: Tensor,
-    timestep: Tensor,
-    given: Conditions,
-    sources: SourceAttention | None,
-    guidance_scale: float,
-) -> Tensor:
+def velocity(dit: Module, x: Tensor, timestep: Tensor, seen: Seen, guidance_scale: float) -> Tensor:
     """Guided v, float32 [B, C, h, w]: uncond + scale * (cond - uncond).
 
-    `timestep` is the schedule's, [B]; the model is conditioned on timestep - 1. `sources`: what
-    `read_sources` gives for `given`; the conditional pass alone sees them.
+    `timestep` is the schedule's, [B]; the model is conditioned on timestep - 1. Sources are in
+    the conditional pass alone.
     """
-    assert (sources is None) == (given.sources is None)
+    given = seen.given
     batch, dtype = len(x), given.glyphs.dtype
     size = torch.tensor([[given.size.height, given.size.width]], dtype=dtype, device=x.device)
 
@@ -43,27 +36,20 @@ def velocity(
             return_dict=False,
         )[0].float()
 
-    cond = predict(given.glyphs, False, sources)
+    cond = predict(given.glyphs, False, seen.sources)
     if guidance_scale <= 1:  # the pipeline guides above 1 only
         return cond
     uncond = predict(given.null_glyphs.expand(batch, -1, -1), True, None)
     return uncond + guidance_scale * (cond - uncond)
 
 
-def transition(
-    dit: Module,
-    x: Tensor,
-    step: Tensor,
-    given: Conditions,
-    sources: SourceAttention | None,
-    how: Denoising,
-) -> Gaussian:
+def transition(dit: Module, x: Tensor, step: Tensor, seen: Seen, how: Denoising) -> Gaussian:
     """The SDE step `step` (int64 [B]) from x [B, C, h, w]: mean [B, C, h, w], std [B, 1, 1, 1].
 
     Sampling and scoring both come through here.
     """
     schedule = how.schedule
-    v = velocity(dit, x, schedule.timesteps[step], given, sources, how.guidance_scale)
+    v = velocity(dit, x, schedule.timesteps[step], seen, how.guidance_scale)
     sigma, sigma_next = (schedule.sigmas[step + i].view(-1, 1, 1, 1) for i in (0, 1))
     return SDE_STEPS[how.sde.kind](x, v, sigma, sigma_next, how.sde.noise_level)
 
@@ -97,13 +83,12 @@ def sample_latents(
     given, how = join([job.given for job in jobs]), asked.to(device)
     generators = [seeded(job.seed, "sde") for job in jobs] if how.window else []
     x = torch.stack([job.noise for job in jobs]).float().to(device)
-    on_device = given.to(device)
-    sources = read_sources(dit, on_device)
+    seen = see(dit, given.to(device))
     kept, logprobs = [], []
     for i in range(len(how.schedule)):
         step = torch.full((len(x),), i, device=device)
         if i in how.window:
-            gaussian = transition(dit, x, step, on_device, sources, how)
+            gaussian = transition(dit, x, step, seen, how)
             draws = [torch.randn(x.shape[1:], generator=g) for g in generators]
             kept.append(x)
             x = gaussian.draw(torch.stack(draws).to(device))
@@ -111,8 +96,7 @@ def sample_latents(
             if i + 1 == how.window.stop:
                 kept.append(x)
         else:
-            timestep = how.schedule.timesteps[step]
-            v = velocity(dit, x, timestep, on_device, sources, how.guidance_scale)
+            v = velocity(dit, x, how.schedule.timesteps[step], seen, how.guidance_scale)
             x = ode_step(x, v, how.schedule.sigmas[i], how.schedule.sigmas[i + 1])
         on_step()
     if not kept:
@@ -133,9 +117,8 @@ def score_steps(dit: Module, trajectory: LatentTrajectory, device: torch.device)
     """Replay the K steps of N samples, all at once."""
     latents, how = trajectory.latents.to(device), trajectory.how.to(device)
     window = how.window
-    given = trajectory.given.to(device).repeat_each(len(window))
-    sources = read_sources(dit, given)
+    seen = see(dit, trajectory.given.to(device).repeat_each(len(window)))
     step = torch.tensor(list(window), device=device).repeat(len(latents))
-    flat = transition(dit, latents[:, :-1].flatten(0, 1), step, given, sources, how)
+    flat = transition(dit, latents[:, :-1].flatten(0, 1), step, seen, how)
     gaussian = flat.unflatten(len(window))
     return StepScores(gaussian.logprob(latents[:, 1:]), gaussian)

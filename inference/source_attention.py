@@ -67,12 +67,22 @@ class SourceAttention:
         return self.layers[layer]
 
 
-def read_sources(dit: Module, given: Conditions) -> SourceAttention | None:
+@dataclass(frozen=True)
+class Seen:
+    """What the DiT sees besides latents."""
+
+    given: Conditions  # on the device
+    sources: SourceAttention | None  # None: there are none
+
+
+def see(dit: Module, given: Conditions) -> Seen:
     """Run each source through the DiT once: at timestep 0, with its own prior tokens and no text
-    (as `GlmImagePipeline`). None where there are none.
+    (as `GlmImagePipeline`).
     """
-    if given.sources is None:
-        return None
+    return Seen(given, None if given.sources is None else _attention(dit, given))
+
+
+def _attention(dit: Module, given: Conditions) -> SourceAttention:
     groups = {id(sources): sources for sources in given.sources}  # of one group, one tuple
     order = list(groups)
     rows = torch.tensor([order.index(id(s)) for s in given.sources], device=given.prior.device)
