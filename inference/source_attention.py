@@ -18,7 +18,7 @@ class _Written:
     """A layer's keys and values [1, S, heads, D] of one source, as `GlmImageAttnProcessor` gives
     them.
 
-    Gradient checkpointing runs a layer again in backward: what it gives then is not kept.
+    Gradient checkpointing runs a layer again in backward: what it gives then nobody reads.
     """
 
     mode = "write"

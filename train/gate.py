@@ -88,8 +88,8 @@ def _compare(name: str, ours: Tensor, stock: Tensor, forward: int) -> None:
     if ours.shape != stock.shape:
         shapes = f"{tuple(ours.shape)} and not {tuple(stock.shape)}"
         _refuse(f"the DiT's {name} has shape {shapes} as GlmImagePipeline's, in forward {forward}")
-    difference = float((ours.double() - stock.double()).abs().max())
-    if difference != 0:
+    if not torch.equal(ours.double(), stock.double()):
+        difference = float((ours.double() - stock.double()).abs().max())
         _refuse(
             f"the DiT's {name} differs from GlmImagePipeline's by {difference:.3g} "
             f"in forward {forward}"
