@@ -57,13 +57,13 @@ def edit_run(small_run, data):
             "rollout.prompts_per_step=4",
             "rollout.num_generations=2",
             "optim.per_device_train_batch_size=4",
-            "optim.gradient_accumulation_steps=1",
-            "sampling.num_inference_steps=4",
+            "optim.gradient_accumulation_steps=2",
+            "sampling.num_inference_steps=3",
             "sampling.top_p=0.9",
-            "sde.window_start_max=1",
+            "sde.window_start_max=0",
             "grpo.beta=0.01",
             "optim.gradient_checkpointing=true",
-            "train.save_steps=2",
+            "train.max_steps=1",
             SHARPNESS,
             *overrides,
         )
@@ -92,11 +92,10 @@ def test_the_ar_trains_on_text_and_edits(edit_run, losses):
     """The gain reaches an edit's six tokens, which stand last in its row, and nothing else."""
     level = "grpo.importance_sampling_level=sequence"
     train(config := edit_run("ar", "grpo.old_logprobs=trainer", level))
-    first, second = metrics_of(config)
-    assert first["ratio/mean"] == first["ratio/max"] == 1 and second["kl"] > 0
-    assert first["sampling/sampling_logp_difference/max"] < 1e-4
-    assert 1.5 < first["entropy"] < 6, "of the tokens there are: padding would make it small"
-    taken = torch.cat([actions.taken.sum(1) for actions, _ in losses[:2]])
+    [metrics] = metrics_of(config)
+    assert metrics["ratio/min"] == metrics["ratio/max"] == 1 and metrics["kl"] == 0
+    assert 0 < metrics["sampling/sampling_logp_difference/max"] < 1e-4
+    taken = torch.cat([actions.taken.sum(1) for actions, _ in losses])
     assert sorted(taken.tolist()) == [6] * 6 + [253] * 2
     for actions, counts in losses:
         assert torch.equal(counts.sample, actions.taken.sum(1))
@@ -109,16 +108,16 @@ def test_the_ar_trains_on_text_and_edits(edit_run, losses):
     "more",
     [
         ["optim.steps_per_backward=1"],
-        ["tuning=full", "optim.learning_rate=1e-5", "average={decay: 0.9}"],
+        ["tuning=full", "average={decay: 0.9}"],
     ],
     ids=["step by step", "full"],
 )
 def test_the_decoder_trains_on_text_and_edits(edit_run, more):
     train(config := edit_run("decoder", *more))
-    first, second = metrics_of(config)
-    assert first["ratio/mean"] == pytest.approx(1, abs=1e-4)
-    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 0
-    assert 0 < first["grad_norm"] < 1e4 and second["updates/skipped"] == 0
+    [metrics] = metrics_of(config)
+    assert metrics["ratio/min"] == pytest.approx(1, abs=1e-4)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-9)
+    assert 0 < metrics["grad_norm"] < 1e4 and metrics["updates/skipped"] == 0
 
 
 def test_the_gate_covers_an_edit(edit_run, monkeypatch):
