@@ -7,6 +7,7 @@ from pathlib import Path
 
 from duet.configs.errors import UserError
 from duet.configs.outputs import make_folder, require_free, staged, write_new
+from duet.configs.pictures import read_picture
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
@@ -29,10 +30,20 @@ from duet.rewards.resting import Resting
 from duet.train.labels import labels
 from duet.train.lock import locked
 from duet.train.prompts import derive_seed
-from duet.train.results import BASE, PAGE, RESULTS, STRIP, ModelResult, Results, write_results
+from duet.train.results import (
+    BASE,
+    PAGE,
+    RESULTS,
+    SOURCES,
+    STRIP,
+    ModelResult,
+    Results,
+    write_results,
+)
 from duet.train.statistics import summarise
 
 _SEED = 2**31  # far from any training seed; the same for every model
+_SHOWN = 512, 512  # pixels at most, of a source in the report
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,8 @@ def evaluate(
     names = [BASE, *labels(models)]
     adapters = [(), *(tuple(_check_checkpoints(config, model, average)) for model in models)]
     check_prompts(read_outline(config.model.path), rows, _size(config))
-    entries = [*names, RESULTS]
+    edits = any(row.sources for row in rows)
+    entries = [*names, *([SOURCES] if edits else []), RESULTS]
     require_free("--output", output, [*entries, PAGE, STRIP])
     with locked("--output", output):
         rewards = load_rewards((*trained_rewards(config), *config.eval.rewards))
@@ -72,7 +84,9 @@ def evaluate(
             named = dict(zip(names, adapters, strict=True))
             found = _evaluate_models(config, rows, judges, named, folder)
             prompts = [row.prompt for row in rows]
-            results = Results("+".join(turns(config)), config.eval.confidence, prompts, found)
+            sources = _write_sources(rows, folder) if edits else []
+            stage = "+".join(turns(config))
+            results = Results(stage, config.eval.confidence, prompts, found, sources)
             write_results(results, folder)
     return results
 
@@ -164,6 +178,19 @@ def _write_pictures(rollout: Rollout, folder: Path, place: int) -> Iterator[str]
     for n, image in enumerate(rollout.images):
         write_new(folder / f"{place:03d}-{n}.png", to_png(image))
         yield f"{place:03d}-{n}.png"
+
+
+def _write_sources(rows: Sequence[Row], folder: Path) -> list[list[str]]:
+    """Of each row, as large as a page shows them; paths below the folder."""
+    make_folder("--output", folder / SOURCES)
+    paths = []
+    for place, row in enumerate(rows):
+        paths.append([f"{SOURCES}/{place:03d}-{n}.png" for n in range(len(row.sources))])
+        for path, stored in zip(paths[-1], row.sources, strict=True):
+            picture = read_picture(stored)
+            picture.thumbnail(_SHOWN)
+            write_new(folder / path, to_png(picture))
+    return paths
 
 
 def _score(
