@@ -20,6 +20,7 @@ from duet.inference.layout import Grid, Size, prompt_positions, upsample_prior
 from duet.inference.model import load_pipeline
 from duet.inference.parts import AR, DECODER
 from duet.inference.request import Request
+from duet.inference.samples import join
 from duet.inference.sources import source_size
 from duet.train.recompute import recompute_blocks
 from duet.train.tiny.gaps import walk
@@ -256,6 +257,15 @@ def test_steps_are_scored_by_the_transition_that_sampled_them(tuned, mixed):
         for k in range(2):  # step by step: each makes the sources' keys and values again
             part = engine.score_steps(rollout.latents.steps(slice(k, k + 1)), tuned.transformer)
             assert torch.allclose(part.logprobs, scores.logprobs[:, k : k + 1], atol=1e-6)
+
+
+def test_groups_of_one_kind_are_scored_together(tuned, mixed):
+    """Each sample's steps by its own sources."""
+    both = join([mixed[0].latents, mixed[5].latents])
+    assert len({id(sources) for sources in both.given.sources}) == 2
+    with torch.no_grad():
+        scores = engine_of(tuned).score_steps(both, tuned.transformer)
+    assert float((scores.logprobs - both.logprobs).abs().max()) < 1e-5
 
 
 def test_the_reference_reads_sources_without_the_adapter(tuned, mixed, pipeline):
