@@ -237,6 +237,14 @@ def test_beta_weighs_the_kl():
     assert float(loss) == pytest.approx(0.1)
 
 
+def test_means_of_unequal_micro_batches_are_weighted_and_extremes_are_not():
+    totals = Totals()
+    for value, weight in ((1.0, 1.5), (3.0, 0.5)):  # of 6 actions and of 2
+        totals.add(dict.fromkeys(("ratio/max", "kl"), torch.tensor(value)), weight)
+    alone = SimpleNamespace(device="cpu", gather=lambda table: table)
+    assert totals.reduce(alone) == {"ratio/max": 3.0, "kl": (6 * 1.0 + 2 * 3.0) / 8}
+
+
 def test_extremes_of_all_processes_are_kept():
     other = torch.tensor([[0.5, 3.0, 4.0]])
     accelerator = SimpleNamespace(device="cpu", gather=lambda table: torch.cat([table, other]))

@@ -24,6 +24,11 @@ class Actions:
     weight: Tensor | None = None  # [B, T], truncated importance weight of `old` over the sampler
     taken: Tensor | None = None  # bool [B, T], False: the sample has none there; None: it has all
 
+    @property
+    def count(self) -> Tensor | int:
+        """How many they are."""
+        return self.logprobs.numel() if self.taken is None else self.taken.sum()
+
     def mean(self, values: Tensor) -> Tensor:
         """Over the actions, [B, T] -> scalar."""
         return masked_mean(values.float(), self.taken)

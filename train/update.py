@@ -177,9 +177,12 @@ def _backward(
                 actions = Actions(scored.logprobs, old, advantages, kl, weight, taken)
                 result = policy_loss(actions, grpo, counts.of(batch.index))
                 run.accelerator.backward(result.loss)
-            totals.add(result.metrics)
+            told = result.metrics
             if scored.entropy is not None:
-                totals.add({"entropy": actions.mean(scored.entropy)})
+                told = told | {"entropy": actions.mean(scored.entropy)}
+            # a mean over the step's actions, wherever an edit has few of them
+            share = scored.logprobs.shape[1] / run.stage.actions
+            totals.add(told, actions.count / (counts.batch * share))
             losses.append(result.loss.detach())
             logprobs.append(scored.logprobs.detach())
             olds.append(old)
