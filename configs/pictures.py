@@ -2,9 +2,11 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from duet.configs.errors import UserError
 
@@ -12,6 +14,7 @@ MAX_PIXELS = 2**26  # 8,192 x 8,192: 200 MB as RGB
 # what datasets hold; others that Pillow opens start programs (EPS) or have no one look (PDF)
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 Stored = str | Path | bytes | Image.Image
+T = TypeVar("T")
 
 # what is above Pillow's warning is refused here, in one line
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -22,17 +25,26 @@ def read_picture(stored: Stored) -> Image.Image:
 
     Raises UserError for what is no whole picture of FORMATS, or has more than MAX_PIXELS.
     """
+    return _look(stored, as_shown)
+
+
+def shown_size(stored: Stored) -> tuple[int, int]:
+    """Width and height that `read_picture` will give, without decoding. Raises as it does."""
+    return _look(stored, _turned_size)
+
+
+def _look(stored: Stored, at: Callable[[Image.Image], T]) -> T:
     name = _name(stored)
     try:
         if isinstance(stored, Image.Image):
-            return as_shown(stored)
+            return at(stored)
         Image.init()
         source = io.BytesIO(stored) if isinstance(stored, bytes) else stored
         with Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 width, height = picture.size
                 raise UserError(f"{name} has {width} x {height} pixels: allowed are {MAX_PIXELS}")
-            return as_shown(picture)
+            return at(picture)
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -58,6 +70,12 @@ def as_shown(picture: Image.Image) -> Image.Image:
     white = Image.new("RGB", picture.size, "white")
     white.paste(opaque, mask=alpha)
     return white
+
+
+def _turned_size(picture: Image.Image) -> tuple[int, int]:
+    width, height = picture.size
+    lying = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if lying else (width, height)
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:

@@ -9,10 +9,11 @@ from typing import Any
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.pictures import is_cropped, read_picture
+from duet.configs.pictures import Stored, is_cropped, read_picture
 from duet.configs.setting import shown
 
-PICTURES = ("image", "source")  # the fidelity reward's reference; what an edit starts from
+PICTURES = ("image", "source")  # the wanted picture; what an edit starts from
+SOURCES = "sources"  # several of the latter, in order
 
 
 @dataclass(frozen=True, eq=False)  # equal as mappings are
@@ -38,6 +39,13 @@ class Row(Mapping[str, Any]):
     def prompt(self) -> str:
         return self.columns["prompt"]
 
+    @property
+    def sources(self) -> tuple[Stored, ...]:
+        """What an edit starts from, in order, as it is stored; none: a prompt of text."""
+        if SOURCES in self.columns:
+            return tuple(self.columns[SOURCES])
+        return (self.columns["source"],) if "source" in self.columns else ()
+
     def picture(self, key: str) -> Image.Image | None:
         """As a viewer shows it; None where the row has none."""
         return read_picture(self.columns[key]) if key in self.columns else None
@@ -51,6 +59,8 @@ def make_row(record: Mapping[str, Any], where: str, folder: Path, renamed: Mappi
     for key in PICTURES:
         if key in columns:
             columns[key] = _stored(columns[key], folder)
+    if isinstance(columns.get(SOURCES), list):
+        columns[SOURCES] = [_stored(value, folder) for value in columns[SOURCES]]
     return Row(columns, where)
 
 
@@ -87,17 +97,31 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
             _check_characters(row, "text", each)
     for key in PICTURES:
         if key in row:
-            _check_picture(row, key, width, height)
+            _check_picture(row, key, row[key], width, height)
+    if SOURCES in row:
+        _check_sources(row)
+        for i, stored in enumerate(row[SOURCES]):
+            _check_picture(row, f"{SOURCES}[{i}]", stored, width, height)
 
 
-def _check_picture(row: Row, key: str, width: int | None, height: int | None) -> None:
-    stored = row[key]
+def _check_sources(row: Row) -> None:
+    value = row[SOURCES]
+    if not isinstance(value, list) or not value:
+        raise UserError(
+            f"{row.where}: {SOURCES} = {shown(value)} must be a list of pictures or their paths, "
+            "with one at least (a single one may stand as `source`)"
+        )
+    if "source" in row:
+        raise UserError(f"{row.where} has both source and {SOURCES}: put all into {SOURCES}")
+
+
+def _check_picture(row: Row, key: str, stored: Any, width: int | None, height: int | None) -> None:
     if not isinstance(stored, str | bytes | Image.Image) or stored == "":
         raise UserError(f"{row.where}: {key} = {shown(stored)} must be a picture or its path")
     if isinstance(stored, str) and ("\0" in stored or not os.path.isfile(stored)):
         raise UserError(f"{row.where}: {key} {stored!r} does not exist, or is no file")
     try:
-        picture = row.picture(key)
+        picture = read_picture(stored)
     except UserError as error:
         raise UserError(f"{row.where}: {key}: {error}") from error
     if width and height and is_cropped(picture, width, height):

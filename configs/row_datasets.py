@@ -88,7 +88,10 @@ def _undecoded(dataset: "Dataset") -> "Dataset":
     """Pictures stay as they are stored until they are needed."""
     import datasets
 
+    as_stored = datasets.Image(decode=False)
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+            dataset = dataset.cast_column(name, as_stored)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(as_stored))
     return dataset

@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from duet.configs.policy_schema import SamplingConfig
-from duet.inference.prompt import PromptBatch
+from duet.inference.prompt import left_padded, not_padding
 from duet.inference.rollout import TokenTrajectory
 
 
@@ -94,7 +94,7 @@ def draw(logits: Tensor, uniform: Tensor, codebook_size: int, sampling: Sampling
 class TokenScores:
     """Sampled tokens under the weights of the moment, nats."""
 
-    logprobs: Tensor  # float32 [B, T]
+    logprobs: Tensor  # float32 [B, T]; a sample with fewer tokens has them last
     entropy: Tensor  # float32 [B, T], detached
 
 
@@ -104,28 +104,37 @@ def score_tokens(
     """Teacher-forced scores of all samples of the trajectories, in their order.
 
     The positions are explicit: without them the model would read image tokens as
-    text. All trajectories must share their grids and temperature.
+    text. All trajectories must share their temperature. Text and edits, which write unequal
+    numbers of tokens, are one forward: whatever a rank has drawn, its forwards are as many.
     """
     first = trajectories[0]
     assert all(t.temperature == first.temperature for t in trajectories)
-    tokens = torch.cat([t.tokens for t in trajectories]).to(device)
-    batch = PromptBatch.of([t.prompt for t in trajectories for _ in range(len(t))], 0, device)
+    samples = [sample for t in trajectories for sample in t.split()]
+    written = [s.tokens[0] for s in samples]
+    tokens, taken = left_padded(written, 0).to(device), not_padding(written, device)
+    ids = [torch.cat([s.prompt.ids, s.tokens[0]])[:-1] for s in samples]
+    positions = left_padded([s.prompt.all_positions[:, :-1] for s in samples], 0)
     logits = model(
-        input_ids=torch.cat([batch.ids, tokens], -1)[:, :-1],
-        attention_mask=batch.seen(tokens.shape[1] - 1),
-        position_ids=batch.positions[..., :-1],
+        input_ids=left_padded(ids, 0).to(device),
+        attention_mask=not_padding(ids, device),
+        position_ids=positions.transpose(0, 1).to(device),
         logits_to_keep=tokens.shape[1],
         use_cache=False,
     ).logits
     support = None
-    if first.support is not None:
-        support = torch.cat([t.support for t in trajectories]).to(device)
+    if first.support is not None:  # where a sample has no token, all ids are kept
+        kept = left_padded([s.support[0].T for s in samples], 255)
+        support = kept.transpose(1, 2).to(device)
 
     def score(part: slice) -> tuple[Tensor, Tensor]:
         kept = None if support is None else unpack_support(support[:, part], codebook_size)
         distribution = policy_logprobs(logits[:, part], codebook_size, first.temperature, kept)
         logprobs = distribution.gather(-1, tokens[:, part, None])[..., 0]
-        return logprobs, torch.special.entr(distribution.detach().exp()).sum(-1)
+        entropy = torch.special.entr(distribution.detach().exp()).sum(-1)
+        if taken is None:
+            return logprobs, entropy
+        own = taken[:, part].bool()
+        return logprobs.where(own, 0.0), entropy.where(own, 0.0)
 
     # float32 over the codebook stands for one part of the positions; backward makes it again
     parts = [slice(i, i + POSITIONS) for i in range(0, tokens.shape[1], POSITIONS)]

@@ -10,19 +10,20 @@ from torch.nn import Module
 from duet.inference.flow import SDE_STEPS, Gaussian, ode_step
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, seeded
 from duet.inference.samples import join
+from duet.inference.source_attention import Seen, SourceAttention, see
 
 
-def velocity(
-    dit: Module, x: Tensor, timestep: Tensor, given: Conditions, guidance_scale: float
-) -> Tensor:
+def velocity(dit: Module, x: Tensor, timestep: Tensor, seen: Seen, guidance_scale: float) -> Tensor:
     """Guided v, float32 [B, C, h, w]: uncond + scale * (cond - uncond).
 
-    `timestep` is the schedule's, [B]; the model is conditioned on timestep - 1.
+    `timestep` is the schedule's, [B]; the model is conditioned on timestep - 1. Sources are in
+    the conditional pass alone.
     """
+    given = seen.given
     batch, dtype = len(x), given.glyphs.dtype
     size = torch.tensor([[given.size.height, given.size.width]], dtype=dtype, device=x.device)
 
-    def predict(glyphs: Tensor, drop: bool) -> Tensor:
+    def predict(glyphs: Tensor, drop: bool, sources: SourceAttention | None) -> Tensor:
         return dit(
             hidden_states=x.to(dtype),
             encoder_hidden_states=glyphs,
@@ -31,23 +32,24 @@ def velocity(
             timestep=timestep - 1,
             target_size=size.expand(batch, -1),
             crop_coords=torch.zeros_like(size).expand(batch, -1),
+            kv_caches=sources,
             return_dict=False,
         )[0].float()
 
-    cond = predict(given.glyphs, drop=False)
+    cond = predict(given.glyphs, False, seen.sources)
     if guidance_scale <= 1:  # the pipeline guides above 1 only
         return cond
-    uncond = predict(given.null_glyphs.expand(batch, -1, -1), drop=True)
+    uncond = predict(given.null_glyphs.expand(batch, -1, -1), True, None)
     return uncond + guidance_scale * (cond - uncond)
 
 
-def transition(dit: Module, x: Tensor, step: Tensor, given: Conditions, how: Denoising) -> Gaussian:
+def transition(dit: Module, x: Tensor, step: Tensor, seen: Seen, how: Denoising) -> Gaussian:
     """The SDE step `step` (int64 [B]) from x [B, C, h, w]: mean [B, C, h, w], std [B, 1, 1, 1].
 
     Sampling and scoring both come through here.
     """
     schedule = how.schedule
-    v = velocity(dit, x, schedule.timesteps[step], given, how.guidance_scale)
+    v = velocity(dit, x, schedule.timesteps[step], seen, how.guidance_scale)
     sigma, sigma_next = (schedule.sigmas[step + i].view(-1, 1, 1, 1) for i in (0, 1))
     return SDE_STEPS[how.sde.kind](x, v, sigma, sigma_next, how.sde.noise_level)
 
@@ -77,16 +79,16 @@ def sample_latents(
     device: torch.device,
     on_step: Callable[[], None] = lambda: None,
 ) -> Denoised:
-    """Denoise jobs of one size and glyph length: SDE inside the window, ODE outside it."""
+    """Denoise jobs of one kind: SDE inside the window, ODE outside it."""
     given, how = join([job.given for job in jobs]), asked.to(device)
     generators = [seeded(job.seed, "sde") for job in jobs] if how.window else []
     x = torch.stack([job.noise for job in jobs]).float().to(device)
-    on_device = given.to(device)
+    seen = see(dit, given.to(device))
     kept, logprobs = [], []
     for i in range(len(how.schedule)):
         step = torch.full((len(x),), i, device=device)
         if i in how.window:
-            gaussian = transition(dit, x, step, on_device, how)
+            gaussian = transition(dit, x, step, seen, how)
             draws = [torch.randn(x.shape[1:], generator=g) for g in generators]
             kept.append(x)
             x = gaussian.draw(torch.stack(draws).to(device))
@@ -94,7 +96,7 @@ def sample_latents(
             if i + 1 == how.window.stop:
                 kept.append(x)
         else:
-            v = velocity(dit, x, how.schedule.timesteps[step], on_device, how.guidance_scale)
+            v = velocity(dit, x, how.schedule.timesteps[step], seen, how.guidance_scale)
             x = ode_step(x, v, how.schedule.sigmas[i], how.schedule.sigmas[i + 1])
         on_step()
     if not kept:
@@ -115,8 +117,8 @@ def score_steps(dit: Module, trajectory: LatentTrajectory, device: torch.device)
     """Replay the K steps of N samples, all at once."""
     latents, how = trajectory.latents.to(device), trajectory.how.to(device)
     window = how.window
-    given = trajectory.given.to(device).repeat_each(len(window))
+    seen = see(dit, trajectory.given.to(device).repeat_each(len(window)))
     step = torch.tensor(list(window), device=device).repeat(len(latents))
-    flat = transition(dit, latents[:, :-1].flatten(0, 1), step, given, how)
+    flat = transition(dit, latents[:, :-1].flatten(0, 1), step, seen, how)
     gaussian = flat.unflatten(len(window))
     return StepScores(gaussian.logprob(latents[:, 1:]), gaussian)

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from duet.configs.outputs import write_new
+from duet.configs.row import Row
 from duet.configs.schema import Arithmetic, SamplingConfig
 from duet.inference import model
 from duet.inference.batching import pack
@@ -29,6 +30,7 @@ class Drawing:
     sampling: SamplingConfig
     arithmetic: Arithmetic
     batch_size: int
+    source_sized: bool  # an edit is drawn at its first source's size
 
     def engine(self, state: PartialState) -> Engine:
         pipeline = model.load_pipeline(self.model, self.arithmetic.dtype, str(state.device))
@@ -44,16 +46,16 @@ class Drawing:
 
 
 def draw(
-    drawing: Drawing, prompts: Sequence[str], seeds: Sequence[int], folder: Path
+    drawing: Drawing, rows: Sequence[Row], seeds: Sequence[int], folder: Path
 ) -> Iterator[Path]:
-    """Write a PNG for each prompt and seed, yielding the paths as batches are made.
+    """Write a PNG for each row and seed, yielding the paths as batches are made.
 
     Of several processes each yields its own. What ends one ends all.
     """
     with sharing() as state:
         with together(state):
             engine = drawing.engine(state)
-        asked = _requests(drawing, prompts, seeds)
+        asked = _requests(drawing, rows, seeds)
         for paths in in_rounds(state, _files(engine, asked, folder, state)):
             yield from paths
 
@@ -64,13 +66,14 @@ class _Asked:
     request: Request
 
 
-def _requests(drawing: Drawing, prompts: Sequence[str], seeds: Sequence[int]) -> list[_Asked]:
+def _requests(drawing: Drawing, rows: Sequence[Row], seeds: Sequence[int]) -> list[_Asked]:
     """A prompt with more pictures than a batch holds is asked for by shares."""
     size = Size.of(drawing.sampling)
+    sizes = [None if row.sources and drawing.source_sized else size for row in rows]
     shares = [tuple(seeds[i] for i in share) for share in pack(seeds, drawing.batch_size)]
     return [
-        _Asked(n, Request(prompt, share, size))
-        for n, prompt in enumerate(prompts)
+        _Asked(n, Request(row.prompt, share, sizes[n], row.sources))
+        for n, row in enumerate(rows)
         for share in shares
     ]
 

@@ -6,6 +6,7 @@ arithmetic: a policy is its weights and the precision that they are run in.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -27,7 +28,7 @@ from duet.inference.flow import make_schedule
 from duet.inference.glyphs import glyph_embedding
 from duet.inference.layout import Size, upsample_prior
 from duet.inference.placement import Placement
-from duet.inference.prompt import text_prompt
+from duet.inference.prompt import Prompt, edit_prompt, text_prompt
 from duet.inference.request import Request
 from duet.inference.rollout import (
     Conditions,
@@ -39,6 +40,7 @@ from duet.inference.rollout import (
     seeded,
 )
 from duet.inference.samples import Kind, join
+from duet.inference.sources import Source, at_size, source_grid, source_size
 
 
 class Engine:
@@ -94,6 +96,7 @@ class Engine:
 
         The steps in `window` are SDE steps and kept; the rest is ODE.
         """
+        requests = [self.ready(request) for request in requests]
         tokens = self.sample_tokens(requests)
         priors = [_prior(r, t) for r, t in zip(requests, tokens, strict=True)]
         decoded = self.decode(requests, priors, window)
@@ -122,6 +125,24 @@ class Engine:
     def priors(self, requests: Sequence[Request]) -> list[Tensor]:
         """The AR's large grid for every sample, int64 [N, h * w], without a picture."""
         return [_prior(r, t) for r, t in zip(requests, self.sample_tokens(requests), strict=True)]
+
+    def ready(self, request: Request) -> Request:
+        """With its sources at their size, the AR's tokens of them, and the size of its pictures.
+
+        Raises UserError for a source that cannot be read or is out of the processor's bounds.
+        """
+        if not request.sources:
+            return request
+        processor = self.pipeline.processor.image_processor
+        sizes = [source_size(processor, source) for source in request.sources]
+        sized = zip(request.sources, sizes, strict=True)
+        sources = tuple(at_size(source, size) for source, size in sized)
+        tokens = request.source_tokens
+        if tokens is None:
+            pairs = zip(sources, sizes, strict=True)
+            tokens = tuple(self.encode_prior(source, size) for source, size in pairs)
+        size = request.size or sizes[0]
+        return replace(request, sources=sources, source_tokens=tokens, size=size)
 
     def score_tokens(self, trajectories: Sequence[TokenTrajectory], model: Module) -> TokenScores:
         """All samples under the current weights; `model`: the AR, or what wraps it (DDP)."""
@@ -154,10 +175,10 @@ class Engine:
 
     def sample_tokens(self, requests: Sequence[Request]) -> list[TokenTrajectory | None]:
         """A trajectory a request, None where its prior is given."""
-        written = [r for r in requests if r.prior is None]
+        written = [self.ready(r) for r in requests if r.prior is None]
         if written:
             self.placement.bring("vision_language_encoder")
-        prompts = [text_prompt(self.pipeline.processor, r) for r in written]
+        prompts = [self.prompt(r) for r in written]
         jobs = [
             TokenJob(p, seed) for p, r in zip(prompts, written, strict=True) for seed in r.seeds
         ]
@@ -177,6 +198,7 @@ class Engine:
         self, requests: Sequence[Request], priors: Sequence[Tensor], window: range = range(0)
     ) -> list[Decoded]:
         """Denoise every sample of the requests, each with its prior, int64 [N, h * w]."""
+        requests = [self.ready(request) for request in requests]
         self.placement.bring("text_encoder", "transformer", "vae")
         jobs = [
             LatentJob(given, self._noise(request, seed), seed)
@@ -202,7 +224,7 @@ class Engine:
         return _by_request(samples, requests)
 
     def conditions(self, request: Request, prior: Tensor) -> Conditions:
-        """What the DiT is told for each sample of a request, prior int64 [N, h * w].
+        """What the DiT is told for each sample of a ready request, prior int64 [N, h * w].
 
         Raises UserError for tokens outside the codebook.
         """
@@ -210,7 +232,23 @@ class Engine:
             raise UserError(f"prior tokens must be ids from 0 to {self.codebook_size - 1}")
         glyphs = self._glyphs(request.prompt).expand(len(prior), -1, -1)
         upsampled = upsample_prior(prior, request.size.grid)
-        return Conditions(glyphs, upsampled, self.null_glyphs, request.size)
+        sources = [self._sources(request)] * len(prior) if request.sources else None
+        return Conditions(glyphs, upsampled, self.null_glyphs, request.size, sources)
+
+    def prompt(self, request: Request) -> Prompt:
+        """Of a ready request, for all of its samples."""
+        make = edit_prompt if request.sources else text_prompt
+        return make(self.pipeline.processor, request)
+
+    def _sources(self, request: Request) -> tuple[Source, ...]:
+        """Of a ready request, encoded once for all of its samples."""
+        sources = []
+        for picture, tokens in zip(request.sources, request.source_tokens, strict=True):
+            with self.arithmetic():
+                latents = pictures.encode(self.pipeline.vae, picture).cpu()
+            upsampled = upsample_prior(tokens, source_grid(picture))[0]
+            sources.append(Source(latents, upsampled))
+        return tuple(sources)
 
     @cached_property
     def null_glyphs(self) -> Tensor:

@@ -27,14 +27,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a GLM-Image")
     add("--prompt", action="append", default=[], help="may be repeated")
-    add("--prompts", type=not_empty, help="a dataset with a `prompt`: JSONL, CSV, parquet, ...")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        help="a source that every --prompt edits; may be repeated",
+    )
+    add(
+        "--prompts",
+        type=not_empty,
+        help="a dataset with a `prompt`, and `sources` to edit: JSONL, CSV, parquet, ...",
+    )
     add("--adapter", action="append", default=[], help="a checkpoint-N; one for each module")
     add("--average", action="store_true", help="the moving averages of the checkpoints' weights")
     add("--output", type=not_empty, default="runs/images", help="folder for the PNG files")
     add("--num-images", type=int, default=1, help="pictures of each prompt")
     add("--seed", type=int, default=0, help="picture i of a prompt takes seed + i")
-    add("--height", type=int, help="pixels, a multiple of 32")
-    add("--width", type=int, help="pixels, a multiple of 32")
+    add("--height", type=int, help="pixels, a multiple of 32 (an edit: its first source's)")
+    add("--width", type=int, help="pixels, a multiple of 32 (an edit: its first source's)")
     add("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     add("--guidance-scale", type=float)
     add("--temperature", type=float)
@@ -52,7 +62,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    rows = [Row({"prompt": prompt}, f"--prompt[{i}]") for i, prompt in enumerate(options.prompt)]
+    if options.image and not options.prompt:
+        raise UserError(f"--image = {options.image[0]!r}: say what to make of it with --prompt")
+    sources = {"sources": options.image} if options.image else {}
+    rows = [
+        Row({"prompt": prompt} | sources, f"--prompt[{i}]")
+        for i, prompt in enumerate(options.prompt)
+    ]
     for row in rows:
         check_row(row)
     if options.prompts:
@@ -103,15 +119,18 @@ def generate(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Path]
     require_shared_work(os.environ, "generate", arithmetic.mixed_precision)
     outline = read_outline(options.model)
     sampling = SamplingConfig(**outline.defaults | given)
-    check_prompts(outline, rows, Size.of(sampling), is_first_here())
+    source_sized = not {"height", "width"} & given.keys()
+    check_prompts(outline, rows, Size.of(sampling), is_first_here(), source_sized=source_sized)
     folder = Path(options.output)
     make_folder("--output", folder)
     if is_first_here():
         told = ", ".join(f"{name} {getattr(sampling, name)}" for name in _SETTINGS)
         print(f"{told}, {arithmetic.precision}", file=sys.stderr)
     seeds = range(options.seed, options.seed + options.num_images)
-    drawing = Drawing(options.model, list(adapters), sampling, arithmetic, options.batch_size)
-    yield from draw(drawing, [row.prompt for row in rows], seeds, folder)
+    drawing = Drawing(
+        options.model, list(adapters), sampling, arithmetic, options.batch_size, source_sized
+    )
+    yield from draw(drawing, rows, seeds, folder)
 
 
 def _check_counts(options: argparse.Namespace, prompts: int) -> None:

@@ -1,6 +1,7 @@
 """Sizes, token grids and M-RoPE positions of GLM-Image: pure functions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,38 @@ def grid_positions(grids: tuple[Grid, ...]) -> Tensor:
         columns.append(torch.stack([torch.zeros_like(row), row, col]) + offset)
         offset += max(grid.height, grid.width)
     return torch.cat(columns, dim=-1)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """M-RoPE positions of a prompt."""
+
+    columns: Tensor  # int64 [3, P]
+    end: int  # the first free one
+
+
+def prompt_positions(is_source: Tensor, sources: Sequence[Grid]) -> Positions:
+    """Of a prompt whose sources' tokens stand where `is_source` (bool [P]) says, in their order.
+
+    Text runs on; a source that begins at p takes the positions of its grid, and the text behind
+    it goes on at p + max(height, width) (GlmImageModel.get_rope_index).
+    """
+    columns, here, done = [], 0, 0
+
+    def text(count: int) -> None:
+        nonlocal here
+        columns.append(torch.arange(here, here + count).expand(3, -1))
+        here += count
+
+    for grid in sources:
+        start = done + int(is_source[done:].int().argmax())
+        text(start - done)
+        columns.append(grid_positions((grid,)) + here)
+        here += max(grid.height, grid.width)
+        done = start + grid.count
+    assert int(is_source.sum()) == sum(grid.count for grid in sources)
+    text(len(is_source) - done)
+    return Positions(torch.cat(columns, -1), here)
 
 
 def upsample_prior(tokens: Tensor, grid: Grid) -> Tensor:

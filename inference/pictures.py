@@ -30,11 +30,25 @@ def decode_pixels(vae, latents: Tensor) -> np.ndarray:
 @torch.no_grad()
 def decode(vae, latents: Tensor) -> Tensor:
     """Standardised latents [B, C, h, w] -> float32 pixels [B, 3, H, W] in [-1, 1]."""
-    mean, std = (
-        torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1)
-        for name in ("latents_mean", "latents_std")
-    )
+    mean, std = latent_statistics(vae)
     return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0].float()
+
+
+@torch.no_grad()
+def encode(vae, image: Image.Image) -> Tensor:
+    """A picture of whole tokens in RGB -> its standardised latents, float32 [C, h, w].
+
+    The mean of the VAE's distribution, as `GlmImagePipeline` takes it for a source.
+    """
+    pixels = _PROCESSOR.preprocess(image).to(vae.device, vae.dtype)
+    mean, std = latent_statistics(vae)
+    return ((vae.encode(pixels).latent_dist.mode().float() - mean) / std)[0]
+
+
+def latent_statistics(vae) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that make latents standard, float32 [1, C, 1, 1] each."""
+    names = "latents_mean", "latents_std"
+    return tuple(torch.tensor(vae.config[n], device=vae.device).view(1, -1, 1, 1) for n in names)
 
 
 def to_images(pixels: np.ndarray) -> list[Image.Image]:

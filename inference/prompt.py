@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
-from duet.inference.layout import Grid, Size, grid_positions, preview_grid
+from duet.configs.errors import UserError
+from duet.inference.layout import Grid, Size, grid_positions, preview_grid, prompt_positions
 from duet.inference.request import Request
+from duet.inference.sources import source_grid
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,41 @@ class Prompt:
         """How many visual tokens are to be written."""
         return sum(grid.count for grid in self.grids)
 
+    @property
+    def all_positions(self) -> Tensor:
+        """Of the prompt and of what will be written, int64 [3, P + T]."""
+        return torch.cat([self.positions, grid_positions(self.grids) + self.start], -1)
+
 
 def text_prompt(processor: ProcessorMixin, request: Request) -> Prompt:
     """Text to image: text positions run on, then preview and large grid are written."""
-    content = [{"type": "text", "text": request.prompt}]
+    ids = _read(processor, request)
+    positions = torch.arange(len(ids)).expand(3, -1)
+    return Prompt(ids, positions, len(ids), text_grids(request.size))
+
+
+def edit_prompt(processor: ProcessorMixin, request: Request) -> Prompt:
+    """Image to image: the sources' tokens stand in front of the text, one grid is written.
+
+    `request`: as `Engine.ready` gives it. Raises UserError for a chat template without sources.
+    """
+    ids = _read(processor, request)
+    is_source = ids == processor.image_token_id
+    start = int(is_source.int().argmax())
+    if int(is_source.sum()) == 0 or int(ids[start - 1]) != processor.tokenizer.bos_token_id:
+        raise UserError(
+            "the checkpoint's chat template does not put a source between image start and end: "
+            "take the released one"
+        )
+    positions = prompt_positions(is_source, [source_grid(p) for p in request.sources])
+    ids = ids.masked_scatter(is_source, torch.cat(request.source_tokens))
+    return Prompt(ids, positions.columns, positions.end, (request.size.grid,))
+
+
+def _read(processor: ProcessorMixin, request: Request) -> Tensor:
+    """Ids [P], with a placeholder for each token of a source."""
+    content = [{"type": "image", "image": picture} for picture in request.sources]
+    content += [{"type": "text", "text": request.prompt}]
     inputs = processor.apply_chat_template(
         [[{"role": "user", "content": content}]],
         tokenize=True,
@@ -40,9 +73,7 @@ def text_prompt(processor: ProcessorMixin, request: Request) -> Prompt:
             "return_tensors": "pt",
         },
     )
-    ids = inputs["input_ids"][0]
-    positions = torch.arange(len(ids)).expand(3, -1)
-    return Prompt(ids, positions, len(ids), text_grids(request.size))
+    return inputs["input_ids"][0]
 
 
 def text_grids(size: Size) -> tuple[Grid, Grid]:
@@ -71,18 +102,22 @@ class PromptBatch:
     def of(cls, prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> "PromptBatch":
         grids = prompts[0].grids
         assert all(p.grids == grids for p in prompts)
-        longest = max(len(p.ids) for p in prompts)
-        room = [(longest - len(p.ids), 0) for p in prompts]
-        ids = [pad(p.ids, r, value=pad_id) for p, r in zip(prompts, room, strict=True)]
-        mask = [pad(torch.ones_like(p.ids), r) for p, r in zip(prompts, room, strict=True)]
-        written = grid_positions(grids)
-        positions = [
-            torch.cat([pad(p.positions, r), written + p.start], -1)
-            for p, r in zip(prompts, room, strict=True)
-        ]
-        padded = any(left for left, _ in room)
+        ids = [p.ids for p in prompts]
         return cls(
-            torch.stack(ids).to(device),
-            torch.stack(mask).to(device) if padded else None,
-            torch.stack(positions, 1).to(device),
+            left_padded(ids, pad_id).to(device),
+            not_padding(ids, device),
+            left_padded([p.all_positions for p in prompts], 0).transpose(0, 1).to(device),
         )
+
+
+def left_padded(rows: Sequence[Tensor], value: float) -> Tensor:
+    """Tensors [..., L] of several lengths -> [B, ..., longest], each at the right."""
+    longest = max(row.shape[-1] for row in rows)
+    return torch.stack([pad(row, (longest - row.shape[-1], 0), value=value) for row in rows])
+
+
+def not_padding(rows: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """What `left_padded` has of the rows [L], int64 [B, longest], 0 elsewhere; None: all of it."""
+    if len({len(row) for row in rows}) == 1:
+        return None
+    return left_padded([torch.ones_like(row) for row in rows], 0).to(device)

@@ -19,6 +19,7 @@ from duet.inference.layout import Size
 from duet.inference.prompt import Prompt
 from duet.inference.request import Request
 from duet.inference.samples import Samples
+from duet.inference.sources import Source
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,31 @@ class TokenTrajectory(Samples):
 
 @dataclass(frozen=True)
 class Conditions(Samples):
-    """What the DiT is told, for N samples of one size and one glyph length."""
+    """What the DiT is told, for N samples of one kind."""
 
-    per_sample = ("glyphs", "prior")
+    per_sample = ("glyphs", "prior", "sources")
 
     glyphs: Tensor  # [N, L, D] glyph embeddings
     prior: Tensor  # int64 [N, 2h * 2w], at the DiT's resolution
     null_glyphs: Tensor  # [1, L0, D], the embedding of ""
     size: Size
+    sources: list[tuple[Source, ...]] | None = None  # one tuple for all of a group; None: text
 
     @property
-    def kind(self) -> tuple[Size, int]:
-        """What must be equal to stand in one batch, so that nothing is padded."""
-        return self.size, self.glyphs.shape[1]
+    def kind(self) -> tuple[Size, int, tuple[Size, ...]]:
+        """What must be equal to stand in one batch, so that nothing is padded: the size, the
+        glyphs' length, the sizes of the sources in their order."""
+        sources = self.sources[0] if self.sources else ()
+        return self.size, self.glyphs.shape[1], tuple(source.size for source in sources)
 
     def repeat_each(self, count: int) -> "Conditions":
         """Every sample `count` times in a row."""
         glyphs, prior = (x.repeat_interleave(count, 0) for x in (self.glyphs, self.prior))
-        return replace(self, glyphs=glyphs, prior=prior)
+        sources = self.sources and [own for own in self.sources for _ in range(count)]
+        return replace(self, glyphs=glyphs, prior=prior, sources=sources)
 
     def to(self, device: torch.device) -> "Conditions":
+        """The sources stay: they are moved when they are read."""
         glyphs, prior, null = (x.to(device) for x in (self.glyphs, self.prior, self.null_glyphs))
         return replace(self, glyphs=glyphs, prior=prior, null_glyphs=null)
 

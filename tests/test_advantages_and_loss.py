@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
+from torch.nn.functional import pad
 
 from duet.configs.schema import GrpoConfig
 from duet.train.advantages import group_advantages
@@ -180,6 +181,36 @@ def test_dapo_weighs_every_action_of_the_step_the_same():
     assert float(sum(losses) / 2) == pytest.approx(-(3 * 1 + 3 * 2 + 9 * 5) / 15)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_sample_with_fewer_actions_counts_by_those_it_has(loss_type, level):
+    """Beside a longer one it adds what it would by itself, to the loss and to every metric."""
+    config = GrpoConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.1)
+    cap = config.importance_sampling_cap
+
+    def actions(count: int, gain: float) -> Actions:
+        new, kl = 0.3 * torch.randn(1, count), torch.rand(1, count)
+        weight = (1 + cap / 2 * torch.rand(1, count)).clamp(max=cap)
+        return Actions(new, torch.zeros(1, count), torch.tensor([gain]), kl, weight)
+
+    long, short = actions(5, 1.0), actions(2, -2.0)
+    padded = {
+        name: torch.cat([getattr(long, name), pad(getattr(short, name), (3, 0))])
+        for name in ("logprobs", "old", "kl", "weight")
+    }
+    taken = torch.tensor([[True] * 5, [False] * 3 + [True] * 2])
+    both = Actions(**padded, advantages=torch.tensor([1.0, -2.0]), taken=taken)
+    made = policy_loss(both, config, Counts(torch.tensor([5, 2]), 7))
+    own = [policy_loss(a, config, Counts(a.logprobs.shape[1], 7)) for a in (long, short)]
+    together = sum if loss_type == "dapo" else lambda losses: sum(losses) / 2
+    assert float(made.loss) == pytest.approx(float(together([o.loss for o in own])))
+    for name, value in made.metrics.items():
+        one, other = (float(o.metrics[name]) for o in own)
+        extreme = {"ratio/min": min, "ratio/max": max}.get(name)
+        expected = extreme(one, other) if extreme else (5 * one + 2 * other) / 7
+        assert float(value) == pytest.approx(expected), name
+
+
 def test_an_importance_weight_is_truncated_and_scales_the_gain_alone():
     old, sampled = torch.tensor([[0.5, 0.4, 0.9]]).log(), torch.tensor([[0.25, 0.5, 0.1]]).log()
     weight = truncated_weight(old, sampled, cap=3.0)
@@ -204,6 +235,14 @@ def test_beta_weighs_the_kl():
         Actions(zero, zero, torch.zeros(1), kl), GrpoConfig(beta=0.4), Counts(2, 2)
     ).loss
     assert float(loss) == pytest.approx(0.1)
+
+
+def test_means_of_unequal_micro_batches_are_weighted_and_extremes_are_not():
+    totals = Totals()
+    for value, weight in ((1.0, 1.5), (3.0, 0.5)):  # of 6 actions and of 2
+        totals.add(dict.fromkeys(("ratio/max", "kl"), torch.tensor(value)), weight)
+    alone = SimpleNamespace(device="cpu", gather=lambda table: table)
+    assert totals.reduce(alone) == {"ratio/max": 3.0, "kl": (6 * 1.0 + 2 * 3.0) / 8}
 
 
 def test_extremes_of_all_processes_are_kept():

@@ -267,7 +267,7 @@ def test_a_reference_picture_becomes_its_tokens(engine, rows):
     [
         ({"prompt": " "}, "is empty"),
         ({"seeds": ()}, "no seeds"),
-        ({"sources": ("picture",)}, "image-to-image is not served yet"),
+        ({"size": None}, "no size and no source"),
         ({"prior": torch.zeros(5).long()}, r"allowed is \(6,\)"),
         ({"prior": torch.full((6,), 256)}, "ids from 0 to 255"),
     ],

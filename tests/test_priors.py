@@ -150,7 +150,7 @@ def test_a_group_has_the_prior_of_its_epoch(made, pipeline):
         prior = given[group.epoch, group.index]
         assert torch.equal(prior, given[group.epoch % 2, group.index])
         if group.epoch < 2:
-            assert torch.equal(prior, own[0])
+            assert torch.equal(prior, own.tokens[0])
             changed += not torch.equal(prior, given[1 - group.epoch, group.index])
     assert changed > len(rows), "a prompt's two priors are different ones"
 
@@ -159,12 +159,13 @@ def test_sources(engine):
     row = Row({"prompt": "a red card", "image": str(TINY / "prompts/train/000.png")})
     plain = Row({"prompt": "a red card"})
     encoded, drawn = (
-        make_priors(engine, SIZE, source, [row], [(5, 6)])[0] for source in ("reference", "sampled")
+        make_priors(engine, SIZE, source, [row], [(5, 6)])[0].tokens
+        for source in ("reference", "sampled")
     )
     assert len(encoded) == 1 and len(drawn) == 2
     both = make_priors(engine, SIZE, "auto", [plain, row, plain], [(5, 6)] * 3)
     for one, other in zip(both, (drawn, encoded, drawn), strict=True):
-        assert torch.equal(one, other)
+        assert torch.equal(one.tokens, other)
 
 
 STALE = {

@@ -69,6 +69,8 @@ def folder(tmp_path_factory):
     made = [json.loads(row) for row in rows]
     for row in made:
         row["image"] = str(ROOT / "configs/tiny/prompts" / row["image"])
+    for name, row in zip(("a.png", "b.png"), made, strict=True):
+        (folder / name).symlink_to(row["image"])
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     before = Path.cwd()
     os.chdir(folder)
@@ -87,7 +89,7 @@ def folder(tmp_path_factory):
         os.chdir(before)
     assert ran == [
         "duet.train", "duet.train", "duet.train.evaluate", "duet.inference.generate",
-        "duet.train.priors",
+        "duet.inference.generate", "duet.train.priors",
     ]  # fmt: skip
     return folder
 
@@ -98,8 +100,8 @@ def test_the_commands_do_what_the_page_says(folder):
     assert load_config(ROOT / "configs/tiny/decoder.yaml").train.max_steps == 250
     assert (folder / "runs/decoder/evaluation/index.html").is_file()
     assert (folder / "runs/priors/priors/SHA256SUMS").is_file()
-    [picture] = (folder / "runs/images").iterdir()
-    assert Image.open(picture).size == (96, 64)
+    text, edit = (folder / "runs/images").iterdir()
+    assert Image.open(text).size == Image.open(edit).size == (96, 64)
 
 
 def test_the_real_checkpoints_command_is_a_run_that_could_start():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duet.inference.rollout import Rollout
 from duet.inference.together import gather_rows, together
+from duet.train.prior_tokens import Priors
 from duet.train.prompts import Group, draw_groups, shard
 from duet.train.run import Run
 from duet.train.scoring import Sampled, Scores, sample_and_score
@@ -62,7 +63,7 @@ def collect(run: Run, step: int) -> Collected:
     return Collected(sampled, scores, gather_rows(accelerator, ids), place)
 
 
-def _shared_priors(run: Run, mine: Sequence[Group]) -> list[Tensor | None]:
+def _shared_priors(run: Run, mine: Sequence[Group]) -> list[Priors | None]:
     """Of each group here, from the one process that draws its first sample: made by each for
     itself, in other batches, they might differ by rounding within a group.
     """

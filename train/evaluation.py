@@ -9,13 +9,15 @@ from pathlib import Path
 from accelerate import PartialState
 
 from duet.configs.errors import UserError
-from duet.configs.outputs import make_folder, require_free, staged
+from duet.configs.outputs import make_folder, require_free, staged, write_new
+from duet.configs.pictures import read_picture
 from duet.configs.row import Row
 from duet.configs.rows import Rows, rows_of
 from duet.configs.schema import RunConfig
 from duet.configs.turns import trained_rewards, turns
 from duet.inference.layout import Size
 from duet.inference.outline import read_outline
+from duet.inference.pictures import to_png
 from duet.inference.processes import sharing
 from duet.inference.prompt_check import check_prompts
 from duet.inference.provenance import Provenance
@@ -26,8 +28,19 @@ from duet.train.given import checked
 from duet.train.labels import labels
 from duet.train.lock import locked_for_all
 from duet.train.measurement import Judges, measure
-from duet.train.results import BASE, PAGE, RESULTS, STRIP, ModelResult, Results, write_results
+from duet.train.results import (
+    BASE,
+    PAGE,
+    RESULTS,
+    SOURCES,
+    STRIP,
+    ModelResult,
+    Results,
+    write_results,
+)
 from duet.train.statistics import summarise
+
+_SHOWN = 512, 512  # pixels at most, of a source in the report
 
 
 def evaluate(
@@ -50,15 +63,17 @@ def evaluate(
     with sharing(config.model.device) as state:
         with together(state):
             rows, named = _checked(config, models, average, state.is_local_main_process)
-        entries = [*named, RESULTS]
+        edits = any(row.sources for row in rows)
+        entries = [*named, *([SOURCES] if edits else []), RESULTS]
         from_main(state, lambda: require_free("--output", output, [*entries, PAGE, STRIP]))
         with locked_for_all(state, "--output", output):
             with together(state):
                 judges = _judges(config)
             with _staged_for_all(state, output, entries, named) as folder:
                 found = _measure_models(config, rows, judges, named, folder, state)
-                prompts = [row.prompt for row in rows]
-                results = Results("+".join(turns(config)), config.eval.confidence, prompts, found)
+                sources = from_main(state, lambda: _write_sources(rows, folder)) if edits else []
+                prompts, stage = [row.prompt for row in rows], "+".join(turns(config))
+                results = Results(stage, config.eval.confidence, prompts, found, sources)
                 from_main(state, lambda: write_results(results, folder))
     return results
 
@@ -131,3 +146,16 @@ def _measure_models(
         images = [f"{name}/{file}" for measured in made for file in measured.files]
         results.append(ModelResult(name, list(checkpoints), images, scores, metrics))
     return results
+
+
+def _write_sources(rows: Sequence[Row], folder: Path) -> list[list[str]]:
+    """Of each row, as large as a page shows them; paths below the folder."""
+    make_folder("--output", folder / SOURCES)
+    paths = []
+    for place, row in enumerate(rows):
+        paths.append([f"{SOURCES}/{place:03d}-{n}.png" for n in range(len(row.sources))])
+        for path, stored in zip(paths[-1], row.sources, strict=True):
+            picture = read_picture(stored)
+            picture.thumbnail(_SHOWN)
+            write_new(folder / path, to_png(picture))
+    return paths

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from duet.configs.errors import UserError
+from duet.configs.pictures import Stored
 from duet.inference.engine import Engine
 from duet.inference.flow import shift_mu
 from duet.inference.layout import Size, upsample_prior
+from duet.inference.model import Unread
 from duet.inference.request import Request
 from duet.inference.rollout import Rollout
+from duet.inference.sources import source_grid, source_size
 from duet.train.gap import Gap
 from duet.train.stages import Stage
 
@@ -54,13 +57,15 @@ def check_schedule(engine: Engine, size: Size) -> None:
 
 
 @torch.no_grad()
-def check_reference(engine: Engine, prompt: str, size: Size, precision: str) -> None:
+def check_reference(
+    engine: Engine, prompt: str, size: Size, precision: str, sources: Sequence[Stored] = ()
+) -> None:
     """The DiT is told what stock `GlmImagePipeline` tells it, and the pictures are equal.
 
     Both draw one picture from the same prior tokens and noise. What is told is compared call
     by call, so that in low precision too one timestep's difference cannot hide in rounding.
     """
-    made = compare_with_stock(engine, prompt, size)
+    made = compare_with_stock(engine, prompt, size, sources)
     ours, theirs = made.ours.calls, made.stock.calls
     if len(ours) != len(theirs):
         _refuse(
@@ -83,8 +88,8 @@ def _compare(name: str, ours: Tensor, stock: Tensor, forward: int) -> None:
     if ours.shape != stock.shape:
         shapes = f"{tuple(ours.shape)} and not {tuple(stock.shape)}"
         _refuse(f"the DiT's {name} has shape {shapes} as GlmImagePipeline's, in forward {forward}")
-    difference = float((ours.double() - stock.double()).abs().max())
-    if difference != 0:
+    if not torch.equal(ours.double(), stock.double()):
+        difference = float((ours.double() - stock.double()).abs().max())
         _refuse(
             f"the DiT's {name} differs from GlmImagePipeline's by {difference:.3g} "
             f"in forward {forward}"
@@ -105,16 +110,15 @@ class Comparison:
     stock: Told
 
 
-def compare_with_stock(engine: Engine, prompt: str, size: Size) -> Comparison:
+def compare_with_stock(
+    engine: Engine, prompt: str, size: Size, sources: Sequence[Stored] = ()
+) -> Comparison:
     """One picture by the engine and by the stock pipeline, from the same prior and noise.
 
-    Any prior tokens serve, so the AR is not asked for them.
+    Any prior tokens serve, of the sources too, so the AR is not asked for them.
     """
-    noise = engine.initial_noise(_SEED, size)
-    request = Request(prompt, (_SEED,), size, noise=noise)
-    draw = torch.Generator().manual_seed(_SEED)
-    prior = torch.randint(engine.codebook_size, (1, size.grid.count), generator=draw)
-    pipeline, sampling = engine.pipeline, engine.sampling
+    request = _any_request(engine, prompt, size, sources)
+    prior, pipeline, sampling = request.prior[None], engine.pipeline, engine.sampling
     # the stock pipeline runs where its parts are: `decode` has brought those that it needs
     with _listening(pipeline.transformer) as ours:
         pixels = engine.decode([request], [prior])[0].pixels
@@ -126,10 +130,63 @@ def compare_with_stock(engine: Engine, prompt: str, size: Size) -> Comparison:
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             prior_token_ids=upsample_prior(prior, size.grid).to(engine.device),
-            latents=noise[None].to(engine.device),
+            latents=request.noise[None].to(engine.device),
             output_type="np",
+            **_stock_sources(request, engine.device),
         ).images
     return Comparison(Told(ours, pixels), Told(theirs, reference))
+
+
+def _any_request(engine: Engine, prompt: str, size: Size, sources: Sequence[Stored]) -> Request:
+    """A ready request for one picture, with tokens that nobody was asked for."""
+    draw = torch.Generator().manual_seed(_SEED)
+
+    def tokens(of: Size) -> Tensor:
+        return torch.randint(engine.codebook_size, (of.grid.count,), generator=draw)
+
+    processor = engine.pipeline.processor.image_processor
+    request = Request(
+        prompt,
+        (_SEED,),
+        size,
+        tuple(sources),
+        prior=tokens(size),
+        noise=engine.initial_noise(_SEED, size),
+        source_tokens=tuple(tokens(source_size(processor, source)) for source in sources),
+    )
+    return engine.ready(request)
+
+
+def _stock_sources(request: Request, device: torch.device) -> dict[str, list]:
+    """A ready request's sources as arguments of the stock pipeline."""
+    if not request.sources:
+        return {}
+    grids = [source_grid(picture) for picture in request.sources]
+    pairs = zip(request.source_tokens, grids, strict=True)
+    tokens = torch.cat([upsample_prior(own, grid)[0] for own, grid in pairs])
+    return {
+        "image": list(request.sources),
+        "prior_token_image_ids": [tokens.to(device)],
+        "source_image_grid_thw": [torch.tensor([[1, 2 * g.height, 2 * g.width] for g in grids])],
+    }
+
+
+def check_edit(
+    engine: Engine, prompt: str, sources: Sequence[Stored], size: Size, precision: str
+) -> None:
+    """`check_reference` of an edit; and where its AR was read, the positions of the prompt are
+    those that the AR itself works out for its ids."""
+    check_reference(engine, prompt, size, precision, sources)
+    ar = engine.pipeline.vision_language_encoder
+    if isinstance(ar, Unread):
+        return
+    request = _any_request(engine, prompt, size, sources)
+    ours = engine.prompt(request)
+    grids = [*map(source_grid, request.sources), *ours.grids]
+    of_grids = torch.tensor([[1, grid.height, grid.width] for grid in grids])
+    positions, _ = ar.model.get_rope_index(ours.ids[None], of_grids)
+    if not torch.equal(positions[:, 0], ours.positions):
+        _refuse(f"the AR's own positions are others than the engine's for prompt {prompt!r}")
 
 
 @contextmanager
@@ -137,7 +194,9 @@ def _listening(dit: Module) -> Iterator[list[dict[str, Tensor]]]:
     calls: list[dict[str, Tensor]] = []
 
     def listen(module, args, kwargs):
-        calls.append({name: kwargs[name].detach().cpu().clone() for name in _TOLD})
+        # a source's tokens come to stock's DiT without a batch
+        told = {name: torch.atleast_2d(kwargs[name].detach().cpu()) for name in _TOLD}
+        calls.append({name: value.clone() for name, value in told.items()})
 
     handle = dit.register_forward_pre_hook(listen, with_kwargs=True)
     try:
@@ -153,8 +212,9 @@ def check_gap(stage: Stage, rollouts: Sequence[Rollout], rescored: Tensor, preci
     bounds, start = stage.bounds(precision), 0
     groups: list[_Group] = []
     for rollout in rollouts:
-        own = rescored[start : start + len(rollout)]
-        groups.append(_Group(rollout.request.prompt, Gap.of(own, stage.sampled(rollout))))
+        sampled = stage.sampled(rollout)
+        own = rescored[start : start + len(rollout), -sampled.shape[1] :]
+        groups.append(_Group(rollout.request.prompt, Gap.of(own, sampled)))
         start += len(rollout)
     refused = [group for group in groups if bounds.broken(group.gap)]
     if not refused:

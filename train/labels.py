@@ -7,7 +7,7 @@ from pathlib import Path
 
 from duet.configs.errors import UserError
 from duet.inference.trained import trained_folder
-from duet.train.results import BASE, PAGE, RESULTS, STRIP
+from duet.train.results import BASE, PAGE, RESULTS, SOURCES, STRIP
 
 _LONGEST = 100  # characters, of the 255 bytes that file systems take
 _FOREIGN = re.compile(r"^\.|[^A-Za-z0-9_.+=-]")
@@ -29,7 +29,7 @@ def labels(models: Sequence[tuple[str, ...]]) -> list[str]:
         names = ["+".join("-".join(p[-depth:]) for p in model) for model in paths]
         if len(set(names)) == len(names):
             break
-    taken = {name.casefold() for name in (BASE, RESULTS, PAGE, STRIP)}
+    taken = {name.casefold() for name in (BASE, RESULTS, PAGE, STRIP, SOURCES)}
     return [_free(_FOREIGN.sub("_", name[-_LONGEST:]), taken) for name in names]
 
 

@@ -1,10 +1,11 @@
 """The GRPO objective: pure tensor functions, one for both stages.
 
-An action is a visual token (AR) or a denoising step (decoder): [B, T] log-probs.
+An action is a visual token (AR) or a denoising step (decoder): [B, T] log-probs. A sample with
+fewer actions than T, as an edit beside a text prompt, has them last.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,14 +22,28 @@ class Actions:
     advantages: Tensor  # [B]
     kl: Tensor | None = None  # [B, T], to the reference
     weight: Tensor | None = None  # [B, T], truncated importance weight of `old` over the sampler
+    taken: Tensor | None = None  # bool [B, T], False: the sample has none there; None: it has all
+
+    @property
+    def count(self) -> Tensor | int:
+        """How many they are."""
+        return self.logprobs.numel() if self.taken is None else self.taken.sum()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over the actions, [B, T] -> scalar."""
+        return masked_mean(values.float(), self.taken)
 
 
 @dataclass(frozen=True)
 class Counts:
     """What a loss is averaged over, also where a part of a sample's actions is given."""
 
-    sample: int  # T, the actions of one sample
+    sample: int | Tensor  # the actions of each sample, or [B]
     batch: float  # of a micro-batch of this step, in the mean over all processes
+
+    def of(self, index: list[int]) -> "Counts":
+        """Of some of the samples [B]."""
+        return replace(self, sample=self.sample[index])
 
 
 @dataclass(frozen=True)
@@ -37,11 +52,23 @@ class PolicyLoss:
     metrics: dict[str, Tensor]  # scalars, detached; `/min` and `/max` name extremes
 
 
-def importance_ratio(logprobs: Tensor, old: Tensor, level: str) -> Tensor:
+def masked_mean(values: Tensor, taken: Tensor | None, dim: int | None = None) -> Tensor:
+    """Of the values that are `taken`, over all or over a dimension, which stays."""
+    if taken is None:
+        return values.mean() if dim is None else values.mean(dim, keepdim=True)
+    values = values * taken
+    if dim is None:
+        return values.sum() / taken.sum()
+    return values.sum(dim, keepdim=True) / taken.sum(dim, keepdim=True)
+
+
+def importance_ratio(
+    logprobs: Tensor, old: Tensor, level: str, taken: Tensor | None = None
+) -> Tensor:
     """pi / pi_old, [B, T]; `sequence`: GSPO's exp(mean_t log ratio) (arXiv 2507.18071)."""
     log_ratio = logprobs - old
     if level == "sequence":
-        log_ratio = log_ratio.mean(-1, keepdim=True).expand_as(log_ratio)
+        log_ratio = masked_mean(log_ratio, taken, -1).expand_as(log_ratio)
     return log_ratio.exp()
 
 
@@ -55,7 +82,8 @@ def policy_loss(actions: Actions, config: GrpoConfig, counts: Counts) -> PolicyL
 
     The losses of parts of a sample's actions add up to the whole's.
     """
-    ratio = importance_ratio(actions.logprobs, actions.old, config.importance_sampling_level)
+    taken = actions.taken
+    ratio = importance_ratio(actions.logprobs, actions.old, config.importance_sampling_level, taken)
     low = 1 - config.epsilon
     high = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
     gain = actions.advantages[:, None]
@@ -64,24 +92,27 @@ def policy_loss(actions: Actions, config: GrpoConfig, counts: Counts) -> PolicyL
         per_action = per_action * actions.weight
     if config.beta > 0:
         per_action = per_action + config.beta * actions.kl
+    if taken is not None:
+        per_action = per_action * taken
     loss = NORMALISED[config.loss_type](per_action, counts)
     detached = ratio.detach()
     clipped_low = (detached < low) & (gain < 0)
     clipped_high = (detached > high) & (gain > 0)
+    none = torch.zeros_like(detached, dtype=torch.bool) if taken is None else ~taken
     metrics = {
-        "ratio/mean": detached.mean(),
-        "ratio/min": detached.min(),
-        "ratio/max": detached.max(),
-        "clip_ratio/low_mean": clipped_low.float().mean(),
-        "clip_ratio/high_mean": clipped_high.float().mean(),
-        "clip_ratio/region_mean": (clipped_low | clipped_high).float().mean(),
+        "ratio/mean": actions.mean(detached),
+        "ratio/min": detached.masked_fill(none, torch.inf).min(),
+        "ratio/max": detached.masked_fill(none, -torch.inf).max(),
+        "clip_ratio/low_mean": actions.mean(clipped_low),
+        "clip_ratio/high_mean": actions.mean(clipped_high),
+        "clip_ratio/region_mean": actions.mean(clipped_low | clipped_high),
     }
     if actions.weight is not None:
         capped = actions.weight >= config.importance_sampling_cap
-        metrics["sampling/importance_sampling_ratio/mean"] = actions.weight.mean()
-        metrics["sampling/importance_sampling_ratio/capped"] = capped.float().mean()
+        metrics["sampling/importance_sampling_ratio/mean"] = actions.mean(actions.weight)
+        metrics["sampling/importance_sampling_ratio/capped"] = actions.mean(capped)
     if actions.kl is not None:
-        metrics["kl"] = actions.kl.detach().mean()
+        metrics["kl"] = actions.mean(actions.kl.detach())
     return PolicyLoss(loss, metrics)
 
 
@@ -90,7 +121,7 @@ DR_GRPO_LENGTH = 1000.0  # any constant: it only scales the learning rate
 
 def _grpo(per_action: Tensor, counts: Counts) -> Tensor:
     """Mean over a sample's actions, then over samples."""
-    return per_action.sum(-1).mean() / counts.sample
+    return (per_action.sum(-1) / counts.sample).mean()
 
 
 def _dr_grpo(per_action: Tensor, counts: Counts) -> Tensor:

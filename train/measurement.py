@@ -106,7 +106,9 @@ def held_out_requests(config: RunConfig, rows: Sequence[Row]) -> list[Request]:
     """With the same seeds for every model, whoever draws them."""
     size, count = Size.of(config.sampling), config.eval.images_per_prompt
     return [
-        Request(row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size)
+        Request(
+            row.prompt, tuple(derive_seed(_SEED, i, n) for n in range(count)), size, row.sources
+        )
         for i, row in enumerate(rows)
     ]
 

@@ -45,28 +45,31 @@ class Totals:
     def __init__(self) -> None:
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
-        """Scalars, on any device."""
+    def add(self, metrics: Mapping[str, torch.Tensor], weight: torch.Tensor | float = 1.0) -> None:
+        """Scalars, on any device. `weight`: of the means, 1 in the mean over all that is added."""
         for name, value in metrics.items():
-            self.values[name].append(value.detach().float())
+            kept = value.detach().float()
+            self.values[name].append(kept if _kind(name) in _REDUCED else kept * weight)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Over micro-batches and processes (every process adds equally many)."""
         device = accelerator.device
         local = [
-            _REDUCED.get(name.rpartition("/")[2], torch.mean)(
-                torch.stack([v.to(device) for v in values])
-            )
+            _REDUCED.get(_kind(name), torch.mean)(torch.stack([v.to(device) for v in values]))
             for name, values in self.values.items()
         ]
         table = accelerator.gather(torch.stack(local)[None]).cpu()  # [processes, names]
         return {
-            name: float(_REDUCED.get(name.rpartition("/")[2], torch.mean)(column))
+            name: float(_REDUCED.get(_kind(name), torch.mean)(column))
             for name, column in zip(self.values, table.T, strict=True)
         }
 
 
 _REDUCED = {"min": torch.min, "max": torch.max}
+
+
+def _kind(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def reward_metrics(

@@ -7,19 +7,19 @@ is whole, and a making that was interrupted goes on with the parts that it lacks
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from duet.configs.digests import Damaged, check_digests
 from duet.configs.errors import UserError, first_line
 from duet.configs.row import Row
 from duet.configs.schema import RunConfig
 from duet.train.prior_stamp import Stamp, differences
+from duet.train.prior_tokens import Priors
 from duet.train.prompts import Group
 
 ROWS = 16  # of a part
@@ -28,8 +28,8 @@ _STAMP = "stamp.json"
 
 @dataclass(frozen=True)
 class PriorCache:
-    """Parts `priors-N.safetensors`: the priors of each of its rows, int32 [N, h * w], by the
-    row's index."""
+    """Parts `priors-N.safetensors`: by the row's index the priors of each of its rows, int32
+    [N, h * w]; as `INDEX.sources.I` the tokens of its source I, int32 [h' * w']."""
 
     folder: Path
 
@@ -39,28 +39,35 @@ class PriorCache:
         cached = config.stage == "decoder" and config.rollout.prior_cache is not None
         return cls(Path(config.rollout.prior_cache) / "priors") if cached else None
 
-    def prior(self, group: Group) -> Tensor:
-        """Int64 [h * w]. Epoch by epoch a row's next one, after the last the first again: for as
-        many epochs as there are priors, what a run without a cache would make.
+    def prior(self, group: Group) -> Priors:
+        """One. Epoch by epoch a row's next one, after the last the first again: for as many
+        epochs as there are priors, what a run without a cache would make.
 
         Raises Damaged.
         """
         kept = self.read(group.index)
-        return kept[group.epoch % len(kept)]
+        place = group.epoch % len(kept.tokens)
+        return replace(kept, tokens=kept.tokens[place : place + 1])
 
-    def read(self, row: int) -> Tensor:
-        """Of the row with that index, int64 [N, h * w]. Raises Damaged."""
+    def read(self, row: int) -> Priors:
+        """Of the row with that index. Raises Damaged."""
         path = self._part(row // ROWS)
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(str(row)).long()
+                names = file.keys()
+                count = sum(name.startswith(f"{row}.sources.") for name in names)
+                sources = (file.get_tensor(_source(row, i)).long() for i in range(count))
+                return Priors(file.get_tensor(str(row)).long(), tuple(sources))
         except (OSError, SafetensorError) as error:
             raise Damaged(f"prior tokens in {str(path)!r} cannot be read: {error}") from error
 
-    def write(self, part: int, priors: Sequence[Tensor]) -> None:
+    def write(self, part: int, priors: Sequence[Priors]) -> None:
         """A part: the priors of its rows."""
-        named = {str(part * ROWS + i): prior.to(torch.int32) for i, prior in enumerate(priors)}
-        _write(self._part(part), save(named))
+        named = {}
+        for row, made in enumerate(priors, part * ROWS):
+            named[str(row)] = made.tokens
+            named |= {_source(row, i): tokens for i, tokens in enumerate(made.sources)}
+        _write(self._part(part), save({n: t.to(torch.int32) for n, t in named.items()}))
 
     def _part(self, number: int) -> Path:
         return self.folder / f"priors-{number:06d}.safetensors"
@@ -74,6 +81,10 @@ class PriorCache:
 
     def write_stamp(self, stamp: Stamp) -> None:
         _write(self.folder / _STAMP, json.dumps(stamp, indent=1).encode())
+
+
+def _source(row: int, place: int) -> str:
+    return f"{row}.sources.{place}"
 
 
 def _write(path: Path, content: bytes) -> None:

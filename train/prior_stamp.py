@@ -42,9 +42,12 @@ def make_stamp(
 
 
 def _digest(row: Row, encoded: bool) -> str:
-    """Of what its priors are made from: the prompt, or the picture by its content."""
-    made_from = _content(row["image"]) if encoded else row.prompt.encode()
-    return hashlib.sha256(made_from).hexdigest()
+    """Of what its priors are made from: the prompt, or the picture by its content; and of its
+    sources."""
+    made_from = hashlib.sha256(_content(row["image"]) if encoded else row.prompt.encode())
+    for source in row.sources:
+        made_from.update(hashlib.sha256(_content(source)).digest())
+    return made_from.hexdigest()
 
 
 def _content(picture: str | bytes | Image.Image) -> bytes:

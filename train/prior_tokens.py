@@ -1,6 +1,7 @@
 """The prior tokens that a decoder's groups are given: sampled by the AR, or encoded."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,6 +11,14 @@ from duet.configs.schema import RunConfig
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.request import Request
+
+
+@dataclass(frozen=True)
+class Priors:
+    """All that a decoder's run needs of the AR for a row."""
+
+    tokens: Tensor  # int64 [N, h * w]
+    sources: tuple[Tensor, ...]  # int64 [h' * w'], of each source of the row
 
 
 def is_encoded(source: str, row: Row) -> bool:
@@ -35,17 +44,20 @@ def make_priors(
     source: str,
     rows: Sequence[Row],
     seeds: Sequence[tuple[int, ...]],
-) -> list[Tensor]:
-    """For each row int64 [N, h * w]: one for each of its seeds; N is 1 where it is encoded."""
+) -> list[Priors]:
+    """For each row a prior for each of its seeds; N is 1 where it is encoded."""
     asked = [
-        Request(row["prompt"], own, size)
+        engine.ready(Request(row["prompt"], own, size, row.sources))
         for row, own in zip(rows, seeds, strict=True)
-        if not is_encoded(source, row)
     ]
-    drawn = iter(engine.priors(asked))
+    pairs = list(zip(rows, asked, strict=True))
+    drawn = iter(engine.priors([r for row, r in pairs if not is_encoded(source, row)]))
     return [
-        engine.encode_prior(row.picture("image"), size)[None]
-        if is_encoded(source, row)
-        else next(drawn)
-        for row in rows
+        Priors(
+            engine.encode_prior(row.picture("image"), size)[None]
+            if is_encoded(source, row)
+            else next(drawn),
+            request.source_tokens or (),
+        )
+        for row, request in pairs
     ]

@@ -36,9 +36,10 @@ def write_report(results: Results, output: Path) -> Path:
     pictures = [
         {
             "prompt": prompt,
+            "sources": [_data_uri(output / path) for path in sources],
             "shown": [_picture(row, results, index, output) for row in rows],
         }
-        for index, prompt in enumerate(results.prompts[:_PICTURES])
+        for index, (prompt, sources) in enumerate(_shown(results))
     ]
     page = template.render(
         stage=results.stage,
@@ -66,11 +67,20 @@ def write_strip(results: Results, output: Path) -> Path:
     return path
 
 
+def _shown(results: Results) -> list[tuple[str, list[str]]]:
+    """The first prompts, each with its sources."""
+    sources = results.sources or [[]] * len(results.prompts)
+    return list(zip(results.prompts, sources, strict=True))[:_PICTURES]
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def _picture(row: ModelResult, results: Results, index: int, output: Path) -> dict:
-    data = (output / _first_pictures(row, results)[index]).read_bytes()
     return {
         "model": row.model,
-        "source": "data:image/png;base64," + base64.b64encode(data).decode(),
+        "data": _data_uri(output / _first_pictures(row, results)[index]),
         "scores": {name: values[index][0] for name, values in row.scores.items()},
     }
 

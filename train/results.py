@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from duet.train.statistics import Estimate, Summary
 
 RESULTS, PAGE, STRIP = "results.json", "index.html", "before_after.png"  # beside a folder a model
 BASE = "base"  # the name of the model without a checkpoint
+SOURCES = "sources"  # the folder of what edits start from
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Results:
     confidence: float
     prompts: list[str]
     rows: list[ModelResult]  # the base first
+    sources: list[list[str]] = field(default_factory=list)  # of each prompt, paths as above
 
 
 @dataclass(frozen=True)

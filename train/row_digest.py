@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duet.configs.row import PICTURES, Row
+from duet.configs.row import PICTURES, SOURCES, Row
 
 
 def row_digest(rows: Sequence[Row]) -> str:
@@ -14,6 +14,8 @@ def row_digest(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         named = {k: _name(v) if k in PICTURES else v for k, v in row.items()}
+        if SOURCES in row:
+            named[SOURCES] = list(map(_name, row[SOURCES]))
         digest.update(json.dumps(named, sort_keys=True, default=repr).encode() + b"\n")
     return digest.hexdigest()
 

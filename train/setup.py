@@ -128,10 +128,17 @@ def prepare(config: RunConfig) -> Training:
     first = next(iter(runs.values()))  # what is judged is what trains
     gate.check_schedule(first.stage.engine, size)
     with first.sampling():
-        gate.check_reference(first.stage.engine, rows[0].prompt, size, config.arithmetic.precision)
+        _check_pictures(first.stage.engine, rows, size, config.arithmetic.precision)
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training
+
+
+def _check_pictures(engine: Engine, rows: Sequence[Row], size: Size, precision: str) -> None:
+    gate.check_reference(engine, rows[0].prompt, size, precision)
+    edit = next((row for row in rows if row.sources), None)
+    if edit is not None:
+        gate.check_edit(engine, edit.prompt, edit.sources, size, precision)
 
 
 def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accelerator) -> None:

@@ -35,6 +35,7 @@ def keep_samples(
     told = []
     for index, trained in sorted(learned.skipped.items()):
         rollout, n = owners[index]
+        own = run.stage.sampled(rollout).shape[1]  # actions
         name = f"{index:03d}.png"
         rollout.images[n].save(folder / name)
         told.append(
@@ -47,8 +48,8 @@ def keep_samples(
                     for key, column in collected.sampled.scores.trained.items()
                 },
                 "advantage": _plain(advantages[index]),
-                "sampled_logprobs": _plain(sampled[index]),
-                "trained_logprobs": _plain(trained),
+                "sampled_logprobs": _plain(sampled[index][-own:]),
+                "trained_logprobs": _plain(trained[-own:]),
             }
         )
     (folder / "samples.json").write_text(json.dumps(told, indent=1, allow_nan=False))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 
 from duet.configs.schema import RunConfig
 from duet.inference.batching import pack
@@ -16,13 +17,14 @@ from duet.inference.engine import Engine
 from duet.inference.flow import Gaussian
 from duet.inference.layout import Size
 from duet.inference.parts import AR, DECODER, Part
+from duet.inference.prompt import text_grids
 from duet.inference.request import Request
 from duet.inference.rollout import LatentTrajectory, Rollout
 from duet.inference.samples import Samples, join
 from duet.train.gap import Bounds
 from duet.train.loss import k3_kl
 from duet.train.prior_cache import PriorCache
-from duet.train.prior_tokens import make_priors
+from duet.train.prior_tokens import Priors, make_priors
 from duet.train.prompts import Group, derive_seed
 
 
@@ -46,17 +48,21 @@ class Piece:
 
 
 class Stage(Protocol):
-    """An action is a visual token (AR) or a denoising step (decoder): T of them a sample."""
+    """An action is a visual token (AR) or a denoising step (decoder).
+
+    T of them a sample in every step, batch and process; one with fewer has zeros in front.
+    """
 
     part: Part
     engine: Engine
     size: Size
+    actions: int  # T
 
-    def priors(self, groups: Sequence[Group]) -> list[Tensor | None]:
+    def priors(self, groups: Sequence[Group]) -> list[Priors | None]:
         """The prior tokens int64 [h * w] that a group's samples share: the decoder's."""
 
     def requests(
-        self, groups: Sequence[Group], priors: Sequence[Tensor | None] | None = None
+        self, groups: Sequence[Group], priors: Sequence[Priors | None] | None = None
     ) -> list[Request]:
         """What a step asks of the engine, all its groups at once; `priors`: if made before."""
 
@@ -64,7 +70,7 @@ class Stage(Protocol):
         """The SDE steps of a rollout."""
 
     def sampled(self, rollout: Rollout) -> Tensor:
-        """Log-probs [N, T] as the sampler recorded them."""
+        """Log-probs as the sampler recorded them, [N, the rollout's own number of actions]."""
 
     def pieces(self, rollouts: Sequence[Rollout]) -> list[Piece]:
         """A micro-batch, in as many backward passes as memory asks for."""
@@ -93,6 +99,8 @@ class ArStage:
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine = engine
         self.size = Size.of(config.sampling)
+        # an edit has the large grid alone
+        self.actions = sum(grid.count for grid in text_grids(self.size))
 
     def priors(self, groups: Sequence[Group]) -> list[None]:
         return [None for _ in groups]
@@ -116,7 +124,7 @@ class ArStage:
 
     def score(self, rollouts: Sequence[Rollout], module: Module, forwards: int = 0) -> Scored:
         scores = self.engine.score_tokens([r.tokens for r in rollouts], module)
-        return Scored(scores.logprobs, scores.entropy)
+        return Scored(*(at_end(x, self.actions) for x in (scores.logprobs, scores.entropy)))
 
     def kl(self, scored: Scored, reference: Scored) -> Tensor:
         return k3_kl(scored.logprobs, reference.logprobs)
@@ -143,21 +151,25 @@ class DecoderStage:
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self.engine, self.config = engine, config
         self.size = Size.of(config.sampling)
+        self.actions = config.sde.window_size
         self.cache = PriorCache.of(config)
 
     def requests(
-        self, groups: Sequence[Group], priors: Sequence[Tensor] | None = None
+        self, groups: Sequence[Group], priors: Sequence[Priors] | None = None
     ) -> list[Request]:
         asked = [_request(self.engine, group, self.size) for group in groups]
         given = self.priors(groups) if priors is None else priors
-        return [replace(r, prior=prior) for r, prior in zip(asked, given, strict=True)]
+        return [
+            replace(r, prior=own.tokens[0], source_tokens=own.sources or None)
+            for r, own in zip(asked, given, strict=True)
+        ]
 
-    def priors(self, groups: Sequence[Group]) -> list[Tensor]:
+    def priors(self, groups: Sequence[Group]) -> list[Priors]:
         if self.cache is not None:
             return [self.cache.prior(group) for group in groups]
         rows, seeds = [g.row for g in groups], [(g.fixed_seed,) for g in groups]
         made = make_priors(self.engine, self.size, self.config.rollout.priors, rows, seeds)
-        return [prior[0].cpu() for prior in made]
+        return [Priors(p.tokens.cpu(), tuple(t.cpu() for t in p.sources)) for p in made]
 
     def window(self, step: int) -> range:
         """One window for all groups of a step, so within each group too."""
@@ -220,12 +232,25 @@ def _alike(samples: Sequence[LatentTrajectory]) -> list[list[int]]:
 
 def _request(engine: Engine, group: Group, size: Size) -> Request:
     noise = engine.initial_noise(group.fixed_seed, size)
-    return Request(group.row["prompt"], group.seeds, size, noise=noise)
+    return Request(group.row["prompt"], group.seeds, size, group.row.sources, noise=noise)
 
 
 def sampled_logprobs(stage: Stage, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
     """Of all samples in their order, [B, T]."""
-    return torch.cat([stage.sampled(r) for r in rollouts]).to(device)
+    return torch.cat([at_end(stage.sampled(r), stage.actions) for r in rollouts]).to(device)
+
+
+def taken_actions(stage: Stage, rollouts: Sequence[Rollout], device: torch.device) -> Tensor | None:
+    """Which of T actions each sample has, bool [B, T]; None: all."""
+    own = [torch.ones_like(stage.sampled(r), dtype=torch.bool) for r in rollouts]
+    if all(x.shape[1] == stage.actions for x in own):
+        return None
+    return torch.cat([at_end(x, stage.actions) for x in own]).to(device)
+
+
+def at_end(values: Tensor, count: int) -> Tensor:
+    """[..., T'] -> [..., count], zeros in front."""
+    return pad(values, (count - values.shape[-1], 0))
 
 
 STAGES = {stage.part.name: stage for stage in (ArStage, DecoderStage)}

@@ -15,7 +15,7 @@ from duet.train.gap import Gap
 from duet.train.loss import Actions, Counts, policy_loss, truncated_weight
 from duet.train.metrics import Totals
 from duet.train.run import Run
-from duet.train.stages import Piece, Scored, Stage, sampled_logprobs
+from duet.train.stages import Piece, Scored, Stage, sampled_logprobs, taken_actions
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class Old:
     rescored: Tensor | None  # by the training forward; None: the first forward's own
     trainer: bool  # whose the ratio starts from; `rescored` is asked for then alone
     cap: float  # of the importance weight
+    taken: Tensor | None  # bool [B, T]; None: every sample has all T
+
+    def taken_of(self, index: list[int], actions: slice) -> Tensor | None:
+        """Which actions these samples have."""
+        return None if self.taken is None else self.taken[index][:, actions]
 
     def under(
         self, scored: Scored, index: list[int], actions: slice
@@ -146,10 +151,12 @@ def update(
     advantages = advantages.to(device)
     sampled = sampled_logprobs(run.stage, rollouts, device)
     trainer = run.config.old_logprobs_of == "trainer"
-    before = Old(sampled, rescored, trainer, grpo.importance_sampling_cap)
+    taken = taken_actions(run.stage, rollouts, device)
+    before = Old(sampled, rescored, trainer, grpo.importance_sampling_cap, taken)
     batches = micro_batches(rollouts, run.config.optim.per_device_train_batch_size)
-    total = torch.tensor(float(sampled.numel()), device=device)
-    counts = Counts(sampled.shape[1], float(accelerator.reduce(total, "mean")) / len(batches))
+    own = torch.full((len(sampled),), run.stage.actions, device=device)
+    own = own if taken is None else taken.sum(1)
+    counts = Counts(own, float(accelerator.reduce(own.sum().float(), "mean")) / len(batches))
     totals, begun, pending, skipped, skips = Totals(), [], {}, {}, 0
     whole = list(zip(batches, parts_of(run, batches), strict=True))
     schedule = [(p, *each) for p in range(grpo.num_iterations) for each in whole]
@@ -160,7 +167,8 @@ def update(
             done = _backward(run, batch, parts, before, gain, counts, totals)
             made = policy.step(done.loss)
         if trainer and passed == 0:
-            begun.append(torch.stack([done.old, sampled[batch.index]]).flatten(1))
+            all_taken = torch.ones_like(done.old) if taken is None else taken[batch.index]
+            begun.append(torch.stack([done.old, sampled[batch.index], all_taken]).flatten(1))
         pending |= zip(batch.index, done.logprobs, strict=True)
         if made is not None:
             totals.add({"grad_norm": made.grad_norm, "grad_rms": made.grad_rms})
@@ -170,8 +178,8 @@ def update(
             pending = {}
     metrics = totals.reduce(accelerator) | {"updates/skipped": float(skips)}
     if trainer:
-        pairs = accelerator.gather(torch.cat(begun, 1).T)  # [actions, 2]
-        metrics |= Gap.of(*pairs.unbind(1)).metrics()
+        told = accelerator.gather(torch.cat(begun, 1).T)  # [actions, 3]
+        metrics |= Gap.of(*told[told[:, 2] > 0, :2].unbind(1)).metrics()
     metrics |= {"learning_rate": policy.scheduler.get_last_lr()[0]}
     return Updated(metrics, skipped)
 
@@ -203,12 +211,16 @@ def _backward(
                 scored = run.stage.score(part.piece.rollouts, module, part.forwards)
                 old, weight = before.under(scored, batch.index, part.piece.actions)
                 kl = None if part.reference is None else run.stage.kl(scored, part.reference)
-                actions = Actions(scored.logprobs, old, advantages, kl, weight)
-                result = policy_loss(actions, grpo, counts)
+                taken = before.taken_of(batch.index, part.piece.actions)
+                actions = Actions(scored.logprobs, old, advantages, kl, weight, taken)
+                result = policy_loss(actions, grpo, counts.of(batch.index))
                 policy.sharding.backward(result.loss)
-            totals.add(result.metrics)
+            told = result.metrics
             if scored.entropy is not None:
-                totals.add({"entropy": scored.entropy.mean()})
+                told = told | {"entropy": actions.mean(scored.entropy)}
+            # a mean over the step's actions, wherever an edit has few of them
+            share = scored.logprobs.shape[1] / run.stage.actions
+            totals.add(told, actions.count / (counts.batch * share))
             losses.append(result.loss.detach())
             logprobs.append(scored.logprobs.detach())
             olds.append(old)

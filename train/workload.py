@@ -22,6 +22,7 @@ from duet.inference.parts import PARTS, Part
 from duet.inference.prompt import Prompt, text_grids
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, TokenTrajectory
 from duet.inference.shapes import Sizes, build_part
+from duet.inference.source_attention import Seen
 from duet.train.dropout import lora_dropout
 from duet.train.footprint import Kernel, repeated, without_values
 from duet.train.recompute import recompute_blocks
@@ -197,7 +198,8 @@ def latents(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
         x, given = _noise(dit, sampling, samples), _given(dit, sampling, samples)
         begun = meter.stretch().live
         with subject.running():
-            decoder.velocity(dit, x, torch.zeros(samples), given, sampling.guidance_scale)
+            seen = Seen(given, None)
+            decoder.velocity(dit, x, torch.zeros(samples), seen, sampling.guidance_scale)
         step = meter.stretch()
         kernels = repeated(step.kernels, sampling.num_inference_steps)
         return Work({}, (step.peak - begun,), kernels)

@@ -26,7 +26,7 @@ from typing import Any
 
 from duet.configs.errors import UserError
 from duet.configs.pictures import as_shown
-from duet.configs.row import PICTURES
+from duet.configs.row import PICTURES, SOURCES
 from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
 from duet.rewards.service.http import excerpt
@@ -53,10 +53,11 @@ def encode_request(inputs: Sequence[RewardInput], image_format: str) -> bytes:
     samples = []
     for item in inputs:
         pictures = {key: item.picture(key) for key in PICTURES if item.row.get(key)}
+        left_out = {*pictures, SOURCES}  # paths and bytes of this machine
         samples.append(
             {
                 "prompt": item.prompt,
-                "row": {k: _plain(k, v) for k, v in item.row.items() if k not in pictures},
+                "row": {k: _plain(k, v) for k, v in item.row.items() if k not in left_out},
                 "image": encode_picture(item.image, image_format),
                 "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items()},
             }

@@ -20,7 +20,7 @@ from duet.configs.load import load_config
 from duet.configs.row import Row
 from duet.configs.rows import load_rows
 from duet.configs.schema import RunConfig
-from duet.inference import decoder, prompt
+from duet.inference import autoregressive, decoder, prompt
 from duet.inference.adapters import adapter_disabled, add_adapter
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline
@@ -113,7 +113,7 @@ def temperature_twice(bench: Bench) -> Iterator[Sequence[Rollout]]:
 
 @contextmanager
 def padding_as_text(bench: Bench) -> Iterator[Sequence[Rollout]]:
-    with mock.patch.object(prompt.PromptBatch, "seen", lambda self, written: None):
+    with mock.patch.object(autoregressive, "not_padding", lambda rows, device: None):
         yield bench.rollouts
 
 

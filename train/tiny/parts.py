@@ -40,7 +40,8 @@ _SPECIAL = {
 _ROLES = ["<|user|>", "<|assistant|>"]
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|user|>{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|image_start|><|image|><|image_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}<|assistant|>"
 )
 
