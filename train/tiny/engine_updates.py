@@ -79,9 +79,7 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
     moments = sum(moment.numel() for moment in policy.sharding.moments())
     skipped, refused = _skips(whole), _refuses(whole, folder)
     del policy, whole
-    resume = f"train.resume={folder / 'adam' / 'checkpoint-1'}"
-    _step(_prepare(case, folder / "resumed", 2 * _SAMPLES, resume), 1)
-    _forget()
+    go_on(case, folder / "adam" / "checkpoint-1", folder / "resumed")
     return {
         "engine": engine(),
         "processes": PartialState().num_processes,
@@ -91,6 +89,12 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
         "refused": refused,
         "seconds": seconds[1],
     }
+
+
+def go_on(case: str, checkpoint: Path, output: Path) -> None:
+    """The second step of AdamW, after the first one's checkpoint; writes its own."""
+    _step(_prepare(case, output, 2 * _SAMPLES, f"train.resume={checkpoint}"), 1)
+    _forget()
 
 
 def _skips(training: Training) -> bool:

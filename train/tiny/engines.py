@@ -97,19 +97,19 @@ def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:
     told = json.loads((folder / "measured.json").read_text())
     one = json.loads((alone / "measured.json").read_text())
     assert told["engine"] == engine
-    before, after = _start(case, alone), _weights(alone / "sgd" / "checkpoint-1")
+    before, after = _start(case, alone), weights(alone / "sgd" / "checkpoint-1")
     moved = max(_largest(after[name] - before[name]) for name in before)
-    own = _weights(folder / "sgd" / "checkpoint-1")
-    first, mine = (_moments(f / "adam" / "checkpoint-1") for f in (alone, folder))
+    own = weights(folder / "sgd" / "checkpoint-1")
+    first, mine = (moments(f / "adam" / "checkpoint-1") for f in (alone, folder))
     whole, resumed = (folder / name / "checkpoint-2" for name in ("adam", "resumed"))
     return Line(
         engine,
         case,
         told["processes"],
         max(map(_largest, _beyond_rounding(after, own))) / moved,
-        _distance(first, mine) / max(map(_largest, first.values())),
-        _distance(_weights(whole), _weights(resumed)) == 0
-        and _distance(_moments(whole), _moments(resumed)) == 0,
+        distance(first, mine) / max(map(_largest, first.values())),
+        distance(weights(whole), weights(resumed)) == 0
+        and distance(moments(whole), moments(resumed)) == 0,
         told["skipped"],
         told["refused"],
         told["weights"] / one["weights"],
@@ -122,12 +122,12 @@ def _start(case: str, alone: Path) -> dict[str, Tensor]:
     """What moves, as it began: a fresh adapter's B is 0."""
     stage, tuning = case.split("-")
     if tuning == "lora":
-        names = _weights(alone / "sgd" / "checkpoint-1")
+        names = weights(alone / "sgd" / "checkpoint-1")
         return {n: torch.zeros_like(v) for n, v in names.items() if ".lora_B." in n}
     return {n: v.float() for n, v in _files(TINY / "model" / PARTS[stage].component).items()}
 
 
-def _weights(checkpoint: Path) -> dict[str, Tensor]:
+def weights(checkpoint: Path) -> dict[str, Tensor]:
     [folder] = [checkpoint / n for n in ("adapter", "weights") if (checkpoint / n).is_dir()]
     return _files(folder)
 
@@ -136,7 +136,7 @@ def _files(folder: Path) -> dict[str, Tensor]:
     return {n: v for f in folder.glob("*.safetensors") for n, v in load_file(f).items()}
 
 
-def _moments(checkpoint: Path) -> dict[int, Tensor]:
+def moments(checkpoint: Path) -> dict[int, Tensor]:
     state = torch.load(checkpoint / "state" / "optimizer.bin", weights_only=True)["state"]
     return {i: own["exp_avg"] for i, own in state.items()}
 
@@ -153,7 +153,7 @@ def _largest(value: Tensor) -> float:
     return float(value.abs().max())
 
 
-def _distance(one: dict, other: dict) -> float:
+def distance(one: dict, other: dict) -> float:
     assert one.keys() == other.keys()
     return max(_largest(value - other[name]) for name, value in one.items())
 
