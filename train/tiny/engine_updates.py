@@ -31,9 +31,10 @@ from duet.train.learn import learn
 from duet.train.run import Training
 from duet.train.setup import prepare
 from duet.train.state import load_state
+from duet.train.tiny.gaps import SHIPPED
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
-CASES = ("decoder-lora", "decoder-full", "ar-lora", "ar-full")
+CASES = ("decoder-lora", "decoder-full", "ar-lora", "ar-full", "decoder-lora-bf16", "ar-lora-bf16")
 # of SGD: with larger ones each step would magnify the rounding of the one before
 _RATES = {"decoder-lora": 100, "decoder-full": 30, "ar-lora": 0.01, "ar-full": 0.01}
 _SAMPLES = 2  # of a prompt; one batch each in sampling, whatever the processes
@@ -69,7 +70,7 @@ def main() -> None:
 
 def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
     with mock.patch("duet.train.policy.AdamW", _sgd):
-        rate = f"optim.learning_rate={_RATES[case]}"
+        rate = f"optim.learning_rate={_RATES[case.removesuffix('-bf16')]}"
         steps = ("grpo.num_iterations=3", "optim.max_grad_norm=1000")
         _step(_prepare(case, folder / "sgd", _SAMPLES, rate, *steps), 0)
     whole = _prepare(case, folder / "adam", 2 * _SAMPLES)
@@ -142,7 +143,8 @@ def _sgd(parameters: list[torch.Tensor], lr: float, **rest: object) -> Optimizer
 
 def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
     _forget()
-    stage, tuning = case.split("-")
+    stage, tuning, *low = case.split("-")
+    precision = SHIPPED if low else []
     own = len(_WORDS) * _SAMPLES // PartialState(cpu=True).num_processes
     batch = min(batch, own)
     sizes = [
@@ -150,7 +152,15 @@ def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
         f"optim.gradient_accumulation_steps={own // batch}",
     ]
     data = f"data.train={output.parents[1] / 'rows.jsonl'}"
-    given = [*_COMMON, *sizes, data, f"tuning={tuning}", f"output_dir={output}", *overrides]
+    given = [
+        *_COMMON,
+        *precision,
+        *sizes,
+        data,
+        f"tuning={tuning}",
+        f"output_dir={output}",
+        *overrides,
+    ]
     return prepare(load_config(TINY / f"{stage}.yaml", given))
 
 

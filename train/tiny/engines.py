@@ -59,7 +59,7 @@ class Line:
         return equal and self.resumed and self.skipped and self.refused
 
     def __str__(self) -> str:
-        stage, tuning = self.case.split("-")
+        stage, tuning = self.case.split("-", 1)
         held = (self.resumed, self.skipped, self.refused)
         resumed, skipped, refused = ("yes" if true else "NO" for true in held)
         return (
@@ -120,7 +120,7 @@ def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:
 
 def _start(case: str, alone: Path) -> dict[str, Tensor]:
     """What moves, as it began: a fresh adapter's B is 0."""
-    stage, tuning = case.split("-")
+    stage, tuning, *_ = case.split("-")
     if tuning == "lora":
         names = weights(alone / "sgd" / "checkpoint-1")
         return {n: torch.zeros_like(v) for n, v in names.items() if ".lora_B." in n}
