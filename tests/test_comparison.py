@@ -1,0 +1,73 @@
+"""The comparisons of the tiny model: which runs they make, and the tables of what they find."""
+
+import pytest
+
+from duet.configs.load import load_config
+from duet.train.tiny import comparison, tunings
+from duet.train.tiny.comparison import Line
+from tests.conftest import ROOT
+
+MEASURES = ("OCR", "alignment", "colour obedience", "fidelity")
+
+
+def scores(*prompts: list[float | None]):
+    return dict.fromkeys(MEASURES, list(prompts))
+
+
+BASE = scores([0.0, 0.0], [0.0, 0.0])
+
+
+def cells(table: str) -> list[list[str]]:
+    """Without the line below the heads."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert set(rows.pop(1)) == {"---"} and len({len(row) for row in rows}) == 1
+    return rows
+
+
+def test_a_table_has_paired_changes_with_intervals_over_prompts():
+    one, other = scores([1.0, 0.5], [0.25, None]), scores([0.5, 0.5], [0.0, 0.0])
+    heads, line = cells(comparison.table(("order", "seed"), [Line(("a", "1"), one, other)]))
+    assert heads == ["order", "seed", *MEASURES]
+    assert line == ["a", "1", *["+0.250 [+0.250, +0.250]"] * 4]
+
+
+def test_seeds_are_pooled_prompt_by_prompt():
+    assert comparison.pooled([scores([0.0], [1.0]), scores([2.0], [3.0])]) == scores(
+        [0.0, 2.0], [1.0, 3.0]
+    )
+
+
+@pytest.mark.parametrize("tuning", tunings.TUNINGS)
+@pytest.mark.parametrize("stage", ["decoder", "ar"])
+def test_tunings_train_with_a_quickstarts_budget_and_an_average(stage, tuning):
+    path = ROOT / "configs" / "tiny" / f"{stage}.yaml"
+    shipped, config = load_config(path), load_config(path, tunings.settings(stage, tuning, 2))
+    assert (config.seed, config.tuning) == (2, tuning.lower())
+    assert config.train.max_steps == {"decoder": 40, "ar": 45}[stage]
+    assert config.average is not None
+    same = config.optim.learning_rate == shipped.optim.learning_rate
+    assert same == (tuning == "LoRA"), "each has a learning rate of its own"
+    for section in ("sampling", "rollout", "sde", "grpo", "lora", "rewards", "eval"):
+        assert getattr(config, section) == getattr(shipped, section)
+
+
+def test_the_tables_of_tunings_and_averages():
+    found = {
+        model: {seed: scores([i + seed / 10], [i + seed / 10]) for seed in (1, 2)}
+        for i, model in enumerate(tunings.MODELS)
+    }
+    half = {model: {seed: scores([0.5], [0.5]) for seed in seeds} for model, seeds in found.items()}
+    heads, *rows = cells(tunings.table_of_tunings(found, BASE))
+    assert heads == ["stage", "tuning", "seed", *MEASURES]
+    told = {tuple(row[:3]): row[3].split()[0] for row in rows}
+    assert told["decoder", "LoRA", "2"] == "+0.200"
+    assert told["ar", "full", "1"] == "+3.100"
+    assert told["ar", "full against LoRA", "all"] == "+1.000"
+    assert len(told) == len(rows) == 8 + 2
+
+    heads, *rows = cells(tunings.table_of_averages(half, found, BASE))
+    assert heads == ["stage", "average of", "seed", *MEASURES]
+    told = {tuple(row[:3]): row[3].split()[0] for row in rows}
+    assert told["ar", "full", "1"] == "+0.500"
+    assert told["ar", "full: average against last", "all"] == "-2.650"
+    assert len(told) == len(rows) == 8 + 4
