@@ -41,11 +41,11 @@ def duet(command: str, *arguments: object) -> None:
     subprocess.run(line, cwd=ROOT, check=True)
 
 
-def evaluate(config: Path, checkpoints: Sequence[Path], output: Path, *flags: str) -> list[Scores]:
+def evaluate(config: Path, checkpoints: Sequence[Path], output: Path) -> list[Scores]:
     """On the held-out prompts, the base first; a report that is there is not made again."""
     if not (output / RESULTS).is_file():
         models = [word for path in checkpoints for word in ("--checkpoint", path)]
-        duet("evaluate", config, *models, "--output", output, *flags)
+        duet("evaluate", config, *models, "--output", output)
     rows = json.loads((output / RESULTS).read_text())["rows"]
     return [{shown: row["scores"][name] for name, shown in _MEASURES.items()} for row in rows]
 

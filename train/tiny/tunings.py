@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
+from duet.inference.trained import AVERAGE
 from duet.train.tiny.comparison import (
     CONFIGS,
     STEPS,
@@ -88,13 +89,13 @@ def main(arguments: list[str] | None = None) -> None:
     asked = options(__doc__, "runs/tunings", arguments)
     last: Found = {model: {} for model in MODELS}
     average: Found = {model: {} for model in MODELS}
-    for seed in asked.seeds:
-        checkpoints = [train(*model, seed, asked.folder) for model in MODELS]
-        for found, name, flags in ((last, "last", ()), (average, "average", ("--average",))):
-            report = asked.folder / f"{name}-{seed}"
-            base, *trained = evaluate(CONFIGS / "decoder.yaml", checkpoints, report, *flags)
-            for model, scores in zip(MODELS, trained, strict=True):
-                found[model][seed] = scores
+    for stage, seed in product(STEPS, asked.seeds):
+        lasts = [train(stage, tuning, seed, asked.folder) for tuning in TUNINGS]
+        checkpoints = [*lasts, *(path / AVERAGE for path in lasts)]
+        report = asked.folder / f"{stage}-{seed}"
+        base, *trained = evaluate(CONFIGS / "decoder.yaml", checkpoints, report)
+        for (found, tuning), scores in zip(product((last, average), TUNINGS), trained, strict=True):
+            found[stage, tuning][seed] = scores
     print(table_of_tunings(last, base), end="\n\n")
     print(table_of_averages(average, last, base))
 
