@@ -62,12 +62,13 @@ def test_the_tables_of_tunings_and_averages():
     told = {tuple(row[:3]): row[3].split()[0] for row in rows}
     assert told["decoder", "LoRA", "2"] == "+0.200"
     assert told["ar", "full", "1"] == "+3.100"
+    assert told["ar", "full", "all"] == "+3.150"
     assert told["ar", "full against LoRA", "all"] == "+1.000"
-    assert len(told) == len(rows) == 8 + 2
+    assert len(told) == len(rows) == 12 + 2
 
     heads, *rows = cells(tunings.table_of_averages(half, found, BASE))
     assert heads == ["stage", "average of", "seed", *MEASURES]
     told = {tuple(row[:3]): row[3].split()[0] for row in rows}
     assert told["ar", "full", "1"] == "+0.500"
     assert told["ar", "full: average against last", "all"] == "-2.650"
-    assert len(told) == len(rows) == 8 + 4
+    assert len(told) == len(rows) == 12 + 4

@@ -74,11 +74,11 @@ def table_of_averages(average: Found, last: Found, base: Scores) -> str:
 
 
 def _to_base(found: Found, base: Scores) -> list[Line]:
-    return [
-        Line((*model, str(seed)), scores, base)
-        for model, seeds in found.items()
-        for seed, scores in seeds.items()
-    ]
+    lines = []
+    for model, seeds in found.items():
+        lines += [Line((*model, str(seed)), scores, base) for seed, scores in seeds.items()]
+        lines.append(Line((*model, "all"), _all_seeds(seeds), base))
+    return lines
 
 
 def _all_seeds(seeds: Mapping[int, Scores]) -> Scores:
