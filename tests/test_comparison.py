@@ -1,9 +1,12 @@
 """The comparisons of the tiny model: which runs they make, and the tables of what they find."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from duet.configs.load import load_config
-from duet.train.tiny import comparison, tunings
+from duet.train.tiny import comparison, orders, tunings
 from duet.train.tiny.comparison import Line
 from tests.conftest import ROOT
 
@@ -72,3 +75,33 @@ def test_the_tables_of_tunings_and_averages():
     assert told["ar", "full", "1"] == "+0.500"
     assert told["ar", "full: average against last", "all"] == "-2.650"
     assert len(told) == len(rows) == 12 + 4
+
+
+def done(folder: Path, runs: dict[str, int], report: str, *models: float) -> None:
+    """Runs that have ended with so many steps, and a report of all their models."""
+    for run, steps in runs.items():
+        (folder / run / f"checkpoint-{steps}").mkdir(parents=True)
+    names = ("ocr", "alignment", "ColourObedience", "fidelity", "aesthetic")
+    rows = [{"scores": dict.fromkeys(names, [[score]])} for score in (0.0, *models)]
+    (folder / report).mkdir(parents=True)
+    (folder / report / "results.json").write_text(json.dumps({"rows": rows}))
+
+
+def test_tunings_that_are_there_are_told_and_not_made_again(tmp_path, capsys):
+    for stage, steps in (("decoder", 40), ("ar", 45)):
+        runs = {f"{stage}-{tuning}-7": steps for tuning in tunings.TUNINGS}
+        done(tmp_path, runs, f"{stage}-7", 0.1, 0.3, 0.15, 0.45)
+    tunings.main(["--seeds", "7", "--folder", str(tmp_path)])
+    tuned, averaged = map(cells, capsys.readouterr().out.strip().split("\n\n"))
+    assert tuned[1][:4] == ["decoder", "LoRA", "7", "+0.100 [+0.100, +0.100]"]
+    assert [row[3].split()[0] for row in tuned if row[2] == "7"] == ["+0.100", "+0.300"] * 2
+    assert [row[3].split()[0] for row in averaged if row[2] == "7"] == ["+0.150", "+0.450"] * 2
+
+
+def test_orders_that_are_there_are_told_and_not_made_again(tmp_path, capsys):
+    for score, order in enumerate(("AR-then-decoder", "decoder-then-AR", "alternating")):
+        done(tmp_path / f"{order}-7", {"run": 85}, "report", score)
+    orders.main(["--seeds", "7", "--folder", str(tmp_path)])
+    _, *rows = cells(capsys.readouterr().out.strip())
+    assert [row[:2] for row in rows] == [[order, "7"] for order in orders.ORDERS]
+    assert [row[2].split()[0] for row in rows] == ["+0.000", "+1.000", "+2.000"]
