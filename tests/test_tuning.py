@@ -258,7 +258,7 @@ def test_all_that_a_forward_passes_trains(trained, pipeline):
     log = (run / "train.log").read_text().splitlines()[0]
     count = sum(v.numel() for n, v in after.items() if not torch.equal(v, before[n]))
     assert f"{count:,} of {sum(v.numel() for v in after.values()):,} parameters train" in log
-    assert "full tuning, averaged with decay 0.5" in log
+    assert "full tuning, averaged with decay 0.5 (at most 0.18 in this run)" in log
 
 
 @pytest.mark.parametrize("trained", [(s, "bf16") for s in STAGES], indirect=True, ids=STAGES)

@@ -197,14 +197,6 @@ def test_all_orders_have_the_same_rollouts(tmp_path):
         assert {p: rollouts_of(config, p) for p in turns(config)} == {"ar": 45, "decoder": 40}
 
 
-def test_the_table_of_orders_has_a_line_a_run():
-    told = {"change": 0.5, "change_interval": [0.25, 0.75]}
-    results = {"rows": [{"metrics": {}}, {"metrics": {"ocr": told}}]}
-    lines = orders.table({"alternating": [results, results]}).splitlines()
-    assert lines[0] == "| order | seed | ocr |"
-    assert lines[2:] == [f"| alternating | {s} | +0.500 [+0.250, +0.750] |" for s in (0, 1)]
-
-
 def test_an_evaluation_has_the_rewards_of_all_turns():
     names = [reward.metric_name for reward in trained_rewards(load_config(BOTH))]
     assert names == ["ocr", "fidelity", "alignment", "aesthetic"]

@@ -28,6 +28,10 @@ class Average:
         """How many it has seen, those before `start` too."""
         return self.model.optimization_step
 
+    def decay(self, update: int) -> float:
+        """The share that it keeps in the update of that number, from 1."""
+        return self.model.get_decay(update)
+
     def step(self, trained: Sequence[Tensor]) -> None:
         """After an update of the weights."""
         self.model.step(trained)

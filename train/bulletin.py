@@ -65,7 +65,10 @@ def _what_trains(run: Run) -> str:
     layers = len({_OWNED.sub("", name) for name in named})
     how = f"{config.tuning} tuning"
     if config.average is not None:
-        how += f", averaged with decay {config.average.decay:g}"
+        asked, last = config.average.decay, policy.average.decay(run.geometry.updates)
+        how += f", averaged with decay {asked:g}"
+        # a short run ends before the average is warm
+        how += f" (at most {last:.2g} in this run)" if last < asked else ""
     dtype = str(next(policy.inner.parameters()).dtype).removeprefix("torch.")
     return (
         f"{run.stage.part.component} of {config.model.path}: {trained:,} of {total:,} parameters "
