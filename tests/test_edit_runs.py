@@ -175,7 +175,14 @@ def test_a_cache_of_priors_holds_the_sources_tokens(
         prior_making.fill_cache(config)
 
 
-def test_evaluation_draws_edits_and_shows_their_sources(data, tmp_path):
+def test_evaluation_draws_edits_and_shows_their_sources(data, tmp_path, monkeypatch):
+    drawn, true = [], Engine.decode
+
+    def decode(self, requests, *rest):
+        drawn.extend(len(request.sources) for request in requests)
+        return true(self, requests, *rest)
+
+    monkeypatch.setattr(Engine, "decode", decode)
     small = [f"data.eval={data}/rows.jsonl", "sampling.num_inference_steps=1", "eval.rewards=[]"]
     more = [SHARPNESS, "eval.bootstrap_samples=10", "eval.images_per_prompt=1"]
     config = str(ROOT / "configs" / "tiny" / "decoder.yaml")
@@ -184,7 +191,7 @@ def test_evaluation_draws_edits_and_shows_their_sources(data, tmp_path):
     assert len(pictures) == 4 and {Image.open(p).size for p in pictures} == {(96, 64)}
     report = tmp_path / "report"
     found = json.loads((report / "results.json").read_text())
-    assert [len(paths) for paths in found["sources"]] == [0, 1, 2, 1]
+    assert [len(paths) for paths in found["sources"]] == drawn == [0, 1, 2, 1]
     assert Image.open(report / found["sources"][2][1]).size == (130, 100)
     page = (report / "index.html").read_text()
     assert page.count("<figcaption>source 1<") == 3 and page.count("<figcaption>source 2<") == 1
