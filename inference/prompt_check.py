@@ -34,7 +34,6 @@ def check_prompts(
     `source_sized`: an edit's picture takes the size of its first source, not `size`.
     """
     rooms = _Rooms(outline)
-    rooms.text(size)
     glyphs = _Reader("the glyph encoder", outline.tokenizer, MAX_GLYPH_TOKENS - 1)  # its </s>
     with tqdm(rows, "checking prompts", leave=False, disable=None if show else True) as bar:
         for row in bar:

@@ -194,9 +194,9 @@ def test_a_sample_with_fewer_actions_counts_by_those_it_has(loss_type, level):
         return Actions(new, torch.zeros(1, count), torch.tensor([gain]), kl, weight)
 
     long, short = actions(5, 1.0), actions(2, -2.0)
-    padded = {
-        name: torch.cat([getattr(long, name), pad(getattr(short, name), (3, 0))])
-        for name in ("logprobs", "old", "kl", "weight")
+    padded = {  # the weight of an action with log-probs 0 and 0 is 1
+        name: torch.cat([getattr(long, name), pad(getattr(short, name), (3, 0), value=value)])
+        for name, value in (("logprobs", 0), ("old", 0), ("kl", 0), ("weight", 1))
     }
     taken = torch.tensor([[True] * 5, [False] * 3 + [True] * 2])
     both = Actions(**padded, advantages=torch.tensor([1.0, -2.0]), taken=taken)

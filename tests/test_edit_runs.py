@@ -19,6 +19,8 @@ from duet.inference.layout import Positions, Size
 from duet.inference.outline import read_outline
 from duet.inference.prompt_check import check_prompts
 from duet.inference.request import Request
+from duet.rewards.base import RewardInput
+from duet.rewards.service.wire import encode_request
 from duet.train import evaluate, gate, prior_making, update
 from duet.train.prompts import draw_groups
 from duet.train.stages import DecoderStage
@@ -175,7 +177,14 @@ def test_a_cache_of_priors_holds_the_sources_tokens(
         prior_making.fill_cache(config)
 
 
-def test_evaluation_draws_edits_and_shows_their_sources(data, tmp_path):
+def test_evaluation_draws_edits_and_shows_their_sources(data, tmp_path, monkeypatch):
+    drawn, true = [], Engine.decode
+
+    def decode(self, requests, *rest):
+        drawn.extend(len(request.sources) for request in requests)
+        return true(self, requests, *rest)
+
+    monkeypatch.setattr(Engine, "decode", decode)
     small = [f"data.eval={data}/rows.jsonl", "sampling.num_inference_steps=1", "eval.rewards=[]"]
     more = [SHARPNESS, "eval.bootstrap_samples=10", "eval.images_per_prompt=1"]
     config = str(ROOT / "configs" / "tiny" / "decoder.yaml")
@@ -184,7 +193,7 @@ def test_evaluation_draws_edits_and_shows_their_sources(data, tmp_path):
     assert len(pictures) == 4 and {Image.open(p).size for p in pictures} == {(96, 64)}
     report = tmp_path / "report"
     found = json.loads((report / "results.json").read_text())
-    assert [len(paths) for paths in found["sources"]] == [0, 1, 2, 1]
+    assert [len(paths) for paths in found["sources"]] == drawn == [0, 1, 2, 1]
     assert Image.open(report / found["sources"][2][1]).size == (130, 100)
     page = (report / "index.html").read_text()
     assert page.count("<figcaption>source 1<") == 3 and page.count("<figcaption>source 2<") == 1
@@ -350,6 +359,12 @@ def test_pictures_that_a_dataset_holds_are_sources(tmp_path, engine):
         [row] = load_rows(path)
         ready = engine.ready(Request(row.prompt, (1,), SIZE, row.sources))
         assert [picture.size for picture in ready.sources] == [(96, 64), (64, 64)]
+
+
+def test_a_remote_reward_is_sent_no_path_and_no_bytes_of_a_source():
+    row = {"prompt": "x", "sources": [b"bytes", "/home/me/a.png"], "source_prompt": "y"}
+    [sample] = json.loads(encode_request([RewardInput(CLEAN, "x", row)], "png"))["samples"]
+    assert sample["row"] == {"prompt": "x", "source_prompt": "y"}
 
 
 def test_one_source_and_a_list_of_one_are_alike():
