@@ -63,6 +63,7 @@ def prepare(config: RunConfig) -> Training:
     }
     for part in parts.values():
         require_references(part, rows)
+    _require_equal_forwards(parts, rows)
     begun = from_main(accelerator, lambda: given(config))
     start = from_main(
         accelerator, lambda: find_start(config, processes, read_inputs(config, rows, begun))
@@ -132,6 +133,15 @@ def prepare(config: RunConfig) -> Training:
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training
+
+
+def _require_equal_forwards(parts: Mapping[str, RunConfig], rows: Sequence[Row]) -> None:
+    edit = next((row for row in rows if row.sources), None)
+    if DECODER.name in parts and edit is not None and chosen_sharding().in_step:
+        raise UserError(
+            f"{edit.where} has sources, each a forward of the decoder more, and processes would run "
+            f"unequal numbers of them, for which {engine()} waits: take ddp or zero2"
+        )
 
 
 def _check_pictures(engine: Engine, rows: Sequence[Row], size: Size, precision: str) -> None:
