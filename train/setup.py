@@ -139,8 +139,8 @@ def _require_equal_forwards(parts: Mapping[str, RunConfig], rows: Sequence[Row])
     edit = next((row for row in rows if row.sources), None)
     if DECODER.name in parts and edit is not None and chosen_sharding().in_step:
         raise UserError(
-            f"{edit.where} has sources, each a forward of the decoder more, and processes would run "
-            f"unequal numbers of them, for which {engine()} waits: take ddp or zero2"
+            f"{edit.where} has sources, each one forward of the decoder more: processes would run "
+            f"unequal numbers, for which {engine()} waits: take ddp or zero2"
         )
 
 
