@@ -1,15 +1,18 @@
-"""Kill one process of a small run in several, go on, and compare with the run that nothing ended.
+"""Kill a small run in several processes again and again: does it go on to the bit?
 
     python -m duet.train.tiny.process_kills [--engines ddp fsdp2] [--processes 2] [--kills 10]
 
-SIGKILL comes to one process, in turn to each, in a rollout, in scoring, in an update (before a
-backward pass, and before the optimizer's step) and while a checkpoint is written (before the
-weights, and before the optimizer's state): 10 points an engine with two processes. The others must
-end by themselves. Prints a row a kill, with the seconds from it to the end of all; status 1 where
-a run that goes on ends in other weights or moments of the optimizer, or one hangs.
+SIGKILL comes to one process, in turn to each, in a rollout, in scoring, in an update and while a
+checkpoint is written (before the weights, and before the optimizer's state): 10 points an engine
+with two processes. The others must end by themselves, with a line. The run goes on from what is
+left, makes a step and its checkpoint, which must be that of a run that nothing ended, and is
+killed in the step after it. Prints a row a kill, with the seconds from it to the end of all;
+status 1 where a checkpoint differs or a process hangs. Other ends: --signal SIGSTOP (a process
+that hangs), SIGTERM, SIGUSR1, and ENOSPC (a disk that is full when the main process writes).
 """
 
 import argparse
+import errno
 import os
 import shutil
 import signal
@@ -23,136 +26,159 @@ from pathlib import Path
 
 from duet.inference.engine import Engine
 from duet.train import __main__ as command
-from duet.train import checkpoint
-from duet.train.checkpoint import complete_checkpoints
+from duet.train import checkpoint, state
+from duet.train.checkpoint import checkpoint_at, complete_checkpoints
 from duet.train.metrics import read_metrics
 from duet.train.policy import Policy
 from duet.train.scoring import Scorer
 from duet.train.tiny.engines import ENGINES
-from duet.train.tiny.kills import SMALL, STEPS, before_call, same
+from duet.train.tiny.kills import SMALL, before_call, same
+from duet.train.tuning import Lora
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SAVE_STEPS = STEPS // 2
-_LAST = f"checkpoint-{STEPS}"
 _MOMENT = "KILLED_AT"  # names the file that is made at the moment of the kill
-ALLOWED_SECONDS = 60  # from a kill to the end of all
-# the method that is called in each phase, and its call in the last step, or the last checkpoint
+_TIMEOUT = 15  # train.ddp_timeout; more than processes are apart on a busy machine
+ALLOWED_SECONDS = 60  # from a kill to the end of all: torchrun kills who hangs after 30
+# the method that is called in each phase, and its call in a start's second step
 POINTS = {
-    "rollout": (Engine, "decode", 1 + STEPS),  # the gate has one
-    "scoring": (Scorer, "__call__", STEPS),
-    "update": (Policy, "step", 2 * STEPS),
+    "rollout": (Engine, "decode", 3),  # the gate has one
+    "scoring": (Scorer, "__call__", 2),
+    "update": (Policy, "step", 4),
     "saving weights": (Policy, "save", 2),
     "saving moments": (checkpoint, "save_state", 2),
 }
+_WRITES = {"writing weights": (Lora, "write", 2), "writing moments": (state, "save", 2)}
+_FATAL = ("SIGKILL", "SIGSTOP")
+_ENDS = (*_FATAL, "SIGTERM", "SIGUSR1", "ENOSPC")
 
 
 @dataclass(frozen=True)
 class Kill:
     point: str
     rank: int
-    signal: str = "SIGKILL"
+    end: str
 
 
 @dataclass(frozen=True)
-class Row:
-    """What came of a kill."""
+class Ended:
+    """A start that was ended."""
 
-    engine: str
     kill: Kill
     seconds: float  # from the kill to the end of all processes
     left: str  # the newest checkpoint
     told: list[str]  # by the processes that were left
-    same: bool  # of the run that goes on: weights, moments and steps
-
-    @property
-    def sound(self) -> bool:
-        return self.same and self.seconds <= ALLOWED_SECONDS and len(self.told) == 1
-
-    def __str__(self) -> str:
-        told = self.told[0] if len(self.told) == 1 else f"{len(self.told)} LINES"
-        return (
-            f"| {self.engine} | {self.kill.point} | {self.kill.rank} | {self.seconds:.1f} | "
-            f"{self.left} | {'yes' if self.same else 'NO'} | {told} |"
-        )
 
 
 HEAD = (
-    "| engine | killed in | process | seconds to the end | left | the same to the bit | told |\n"
-    "|---|---|---|---|---|---|---|"
+    "| engine | end | in | process | seconds to the end | left | goes on to the bit | told |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
-def kills(processes: int) -> Iterator[Kill]:
-    """Every point, and then again on the other processes."""
+def kills(end: str, processes: int) -> Iterator[Kill]:
+    """Every point, and then again on the other processes; only the main one writes."""
+    if end == "ENOSPC":
+        yield from (Kill(point, 0, end) for point in _WRITES)
+        return
     for turn in range(processes):
         for number, point in enumerate(POINTS):
-            yield Kill(point, (turn + number) % processes)
+            yield Kill(point, (turn + number) % processes, end)
 
 
 def start(
-    engine: str, processes: int, folder: Path, kill: Kill | None = None, *overrides: str
-) -> subprocess.Popen:
-    """The run over processes of this machine's CPU, one of which may kill itself."""
-    child = [] if kill is None else [kill.point, str(kill.rank), kill.signal]
-    entry = ["duet.train.tiny.process_kills", "--child", *child] if child else ["duet.train"]
+    engine: str, processes: int, folder: Path, steps: int, kill: Kill | None = None
+) -> tuple[int, str]:
+    """The run from its newest checkpoint over processes of this machine's CPU, one of which may
+    end itself: the status, and what was told."""
+    entry = ["duet.train"]
+    if kill is not None:
+        entry = ["duet.train.tiny.process_kills", "--child", kill.point, str(kill.rank), kill.end]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    small = [*SMALL, f"train.save_steps={_SAVE_STEPS}", f"output_dir={folder}", *overrides]
+    small = [*SMALL, f"train.max_steps={steps}", "train.save_steps=1", "train.resume=latest"]
+    small += [f"train.ddp_timeout={_TIMEOUT}", f"output_dir={folder}"]
     config = _ROOT / "configs" / "tiny" / "decoder.yaml"
     own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", _MOMENT: str(_moment(folder))}
-    return subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, *launcher, "-m", *entry, str(config), *small],
         cwd=_ROOT,
         env=os.environ | own | ENGINES[engine],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
+    return done.returncode, done.stderr
 
 
 def _moment(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.moment")
 
 
-def attempt(engine: str, processes: int, folder: Path, whole: Path, kill: Kill) -> Row:
-    """One kill and one run that goes on."""
-    shutil.rmtree(folder, ignore_errors=True)
-    _moment(folder).unlink(missing_ok=True)
-    _, errors = start(engine, processes, folder, kill).communicate()
+def ended(engine: str, processes: int, folder: Path, steps: int, kill: Kill) -> Ended:
+    _, errors = start(engine, processes, folder, steps, kill)
+    if not _moment(folder).is_file():
+        sys.exit(f"the {engine} run ended before the kill in {kill.point}:\n{errors}")
     seconds = time.time() - _moment(folder).stat().st_mtime
-    newest = complete_checkpoints(folder)[-1].name
-    on = start(engine, processes, folder, None, "train.resume=latest")
-    failed = on.communicate()[1] if on.wait() else ""
-    sys.stderr.write(failed)
-    done = [s["step"] for s in read_metrics(folder)] == list(range(1, STEPS + 1))
-    held = on.returncode == 0 and done and newest != _LAST and same(whole, folder / _LAST)
+    _moment(folder).unlink()
     told = [line for line in errors.splitlines() if "duet: error:" in line]
-    if os.environ.get("SHOW"):
-        sys.stderr.write(errors)
-    return Row(engine, kill, seconds, newest, told, held)
+    return Ended(kill, seconds, complete_checkpoints(folder)[-1].name, told)
 
 
-def references(engine: str, processes: int, folder: Path) -> Path:
-    """The run that nothing ends, twice: what chance makes of it must be nothing."""
-    for name in ("whole", "again"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        run = start(engine, processes, folder / name)
-        _, errors = run.communicate()
-        if run.returncode:
-            sys.exit(f"the {engine} run fails without a kill:\n{errors}")
-    if not same(folder / "whole" / _LAST, folder / "again" / _LAST):
-        sys.exit(f"two {engine} runs that nothing ended differ")
-    return folder / "whole" / _LAST
+def reference(engine: str, processes: int, folder: Path, steps: int) -> Path:
+    """The run that nothing ends."""
+    shutil.rmtree(folder, ignore_errors=True)
+    status, errors = start(engine, processes, folder, steps)
+    if status:
+        sys.exit(f"the {engine} run fails without a kill:\n{errors}")
+    return folder
 
 
-def be_killed(point: str, rank: str, name: str, run: list[str]) -> None:
-    """`duet train`, which a process of it does not survive."""
+def rows(engine: str, processes: int, folder: Path, ends: list[Kill]) -> Iterator[tuple[str, bool]]:
+    """A row a kill, and whether it is as it should be."""
+    steps = 2 * len(ends) + 1  # a signal's own step may be finished
+    if ends[0].end in (*_FATAL, "ENOSPC"):
+        steps = len(ends) + 1
+    whole, killed = reference(engine, processes, folder / "whole", steps), folder / "killed"
+    shutil.rmtree(killed, ignore_errors=True)
+    before = None
+    for kill in [*ends, None]:
+        if kill is None:
+            status, errors = start(engine, processes, killed, steps)
+            done = [s["step"] for s in read_metrics(killed)] == list(range(1, steps + 1))
+            now, held = (
+                None,
+                status == 0
+                and done
+                and same(whole / f"checkpoint-{steps}", killed / f"checkpoint-{steps}"),
+            )
+        else:
+            now = ended(engine, processes, killed, steps, kill)
+            held = same(whole / now.left, killed / now.left)
+            held = held and (before is None or before.left != now.left)
+        if before is not None:
+            fatal = before.kill.end in _FATAL
+            lines = len(before.told) == processes - fatal
+            told = before.told[0].partition("error: ")[2] if before.told else "NOTHING"
+            told = told.replace(str(killed), "RUN")
+            yield (
+                (
+                    f"| {engine} | {before.kill.end} | {before.kill.point} | {before.kill.rank} | "
+                    f"{before.seconds:.1f} | {before.left} | {'yes' if held else 'NO'} | {told} |"
+                ),
+                held and lines and before.seconds <= ALLOWED_SECONDS,
+            )
+        before = now
 
-    def kill() -> None:
+
+def end_itself(point: str, rank: str, end: str, run: list[str]) -> None:
+    """`duet train`, one process of which comes to an end."""
+
+    def act() -> None:
         Path(os.environ[_MOMENT]).touch()
-        os.kill(os.getpid(), signal.Signals[name])
+        if end == "ENOSPC":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.kill(os.getpid(), signal.Signals[end])
 
     if os.environ["RANK"] == rank:
-        before_call(*POINTS[point], kill)
+        before_call(*(POINTS | _WRITES)[point], act)
     command.main(run)
 
 
@@ -162,23 +188,24 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2"], choices=ENGINES)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--signal", default="SIGKILL", choices=_ENDS)
     parser.add_argument("--kills", type=int, default=10, help="an engine")
     parser.add_argument("--folder", type=Path, default=Path("runs/process_kills"))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options, run = parser.parse_known_args(arguments)
     if options.child:
-        return be_killed(*options.child, run)
+        return end_itself(*options.child, run)
     print(HEAD, flush=True)
-    rows: list[Row] = []
+    sound: list[bool] = []
     for engine in options.engines:
         folder = options.folder.resolve() / engine
         folder.mkdir(parents=True, exist_ok=True)
-        whole = references(engine, options.processes, folder)
-        for kill in islice(cycle(kills(options.processes)), options.kills):
-            rows.append(attempt(engine, options.processes, folder / "killed", whole, kill))
-            print(rows[-1], flush=True)
-    print(f"{sum(row.sound for row in rows)} of {len(rows)} the same to the bit")
-    sys.exit(not all(row.sound for row in rows))
+        ends = list(islice(cycle(kills(options.signal, options.processes)), options.kills))
+        for row, good in rows(engine, options.processes, folder, ends):
+            print(row, flush=True)
+            sound.append(good)
+    print(f"{sum(sound)} of {len(sound)} as they should be")
+    sys.exit(not all(sound))
 
 
 if __name__ == "__main__":
