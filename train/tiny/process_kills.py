@@ -27,7 +27,7 @@ from pathlib import Path
 from duet.inference.engine import Engine
 from duet.train import __main__ as command
 from duet.train import checkpoint, state
-from duet.train.checkpoint import checkpoint_at, complete_checkpoints
+from duet.train.checkpoint import complete_checkpoints
 from duet.train.metrics import read_metrics
 from duet.train.policy import Policy
 from duet.train.scoring import Scorer
