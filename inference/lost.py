@@ -10,7 +10,7 @@ from torch.distributed.distributed_c10d import _world
 
 from duet.configs.errors import UserError
 
-_ROLL_CALL_SECONDS = 5  # what a lost connection tells to one process, it tells to all at once
+ROLL_CALL_SECONDS = 5  # what a lost connection tells to one process, it tells to all at once
 _GLOO = "/gloo/"  # its errors are RuntimeErrors that begin with the file of its source
 
 
@@ -55,7 +55,7 @@ def _who() -> str:
     try:
         store = dist.group.WORLD.get_group_store()
         store.set(_key(mine), "")
-        end = time.monotonic() + _ROLL_CALL_SECONDS
+        end = time.monotonic() + ROLL_CALL_SECONDS
         while missing := [rank for rank in everyone if not store.check([_key(rank)])]:
             if time.monotonic() > end:
                 break

@@ -27,7 +27,7 @@ def one_of_three(tmp_path):
     [RuntimeError(CLOSED), RuntimeError(TIMED_OUT), dist.DistBackendError("NCCL communicator")],
 )
 def test_a_lost_process_is_named(one_of_three, monkeypatch, error):
-    monkeypatch.setattr("duet.inference.lost._ROLL_CALL_SECONDS", 0)
+    monkeypatch.setattr("duet.inference.lost.ROLL_CALL_SECONDS", 0)
     with pytest.raises(Lost, match="^process 0, 2 is gone or hangs: its own lines") as ended:
         with naming_the_lost():
             raise error
