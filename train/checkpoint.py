@@ -18,7 +18,7 @@ from duet.configs.digests import Damaged, check_digests, refuse_older, write_dig
 from duet.configs.errors import UserError
 from duet.configs.load import build
 from duet.configs.schema import RunConfig
-from duet.inference.together import from_main, together
+from duet.inference.together import from_main
 from duet.train.policy import Policy
 from duet.train.state import load_state, save_state
 
@@ -100,10 +100,9 @@ def save_checkpoint(
         sync(final.parent)
 
     from_main(accelerator, begin)
-    with together(accelerator):
-        for part, policy in policies.items():
-            policy.save(part_folder(partial, part, policies))
-        save_state(accelerator, [p.sharding for p in policies.values()], partial)
+    for part, policy in policies.items():
+        policy.save(part_folder(partial, part, policies))
+    save_state(accelerator, [p.sharding for p in policies.values()], partial)
     from_main(accelerator, finish)
     return final
 

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from duet.configs.errors import UserError, first_line
+from duet.inference.lost import Lost, named, naming_the_lost
 from duet.rewards.answers import LARGEST
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.best import Best
@@ -47,7 +48,7 @@ class Endings:
     ) -> None:
         try:
             if error is not None:
-                raise self._ended(error) from error
+                raise self._ended(named(error), error) from error
             self.training.accelerator.end_training()
         finally:
             self._listening.__exit__(None, None, None)
@@ -63,19 +64,20 @@ class Endings:
     def save(self) -> Path:
         """The checkpoint after the last finished step, written unless it is there already.
 
-        Raises OSError where it cannot be.
+        Raises OSError where it cannot be, and UserError where another process has ended.
         """
-        training, start = self.training, self.training.start
+        training, start, self._writable = self.training, self.training.start, False
         try:
-            self.newest = save_checkpoint(
-                training.policies, training.config, start.run_id, start.inputs, self.done
-            )
+            with naming_the_lost():
+                self.newest = save_checkpoint(
+                    training.policies, training.config, start.run_id, start.inputs, self.done
+                )
         except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
-            self._writable = False
             for partial in Path(training.config.output_dir).glob(".checkpoint-*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
             told = f"checkpoint-{self.done} could not be written ({first_line(error)})"
             raise OSError(told) from error
+        self._writable = True
         self.remove_old()
         return self.newest
 
@@ -87,9 +89,10 @@ class Endings:
             limit = training.config.train.save_total_limit
             remove_old(self.newest.parent, limit, [path for path in kept if path])
 
-    def _ended(self, error: BaseException) -> UserError:
+    def _ended(self, error: BaseException, cause: BaseException) -> UserError:
         text, status = _told(error)
-        shared = isinstance(error, UserError | Stopped)  # raised on all processes
+        # raised on all processes
+        shared = isinstance(error, UserError | Stopped) and not isinstance(error, Lost)
         if shared or self.training.accelerator.num_processes == 1:
             text = f"{text}; {self._kept()}"
             with contextlib.suppress(OSError):  # a tracker on a full disk
@@ -100,7 +103,7 @@ class Endings:
         if status == 1:
             text += f" (a fault of Duet or of a plug-in: {LOG_FILE} has where)"
         with contextlib.suppress(OSError):
-            self.journal.record(text, error)
+            self.journal.record(text, cause)
         return UserError(text, status)
 
     def _kept(self) -> str:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from duet.configs.errors import UserError, tell
 from duet.configs.outputs import make_folder
 from duet.configs.schema import RunConfig
+from duet.inference.lost import naming_the_lost
 from duet.inference.model import pick_device
 from duet.inference.together import together
 from duet.train.environment import processes_alone
@@ -79,7 +80,7 @@ def alone(name: str) -> Callable[[Work], Work]:
                     cpu=pick_device(config.model.device).type == "cpu",
                     timeout=timedelta(seconds=config.train.ddp_timeout),
                 )
-            with locked_for_all(state, name, Path(attrgetter(name)(config))):
+            with naming_the_lost(), locked_for_all(state, name, Path(attrgetter(name)(config))):
                 return work(config)
 
         return run

@@ -18,6 +18,7 @@ from duet.configs.turns import rollouts_of, trained_rewards, turns
 from duet.inference.empty import build_empty, weights_of
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
+from duet.inference.lost import wait_at_most
 from duet.inference.model import load_pipeline, model_folder, pick_device
 from duet.inference.outline import read_outline
 from duet.inference.parts import AR, DECODER, PARTS
@@ -106,6 +107,7 @@ def prepare(config: RunConfig) -> Training:
         )
         for name, part in parts.items()
     }
+    wait_at_most(config.train.ddp_timeout)
     signals = Signals()
     runs = {
         name: Run(

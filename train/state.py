@@ -10,9 +10,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import load, set_seed
+from accelerate.utils import load, save, set_seed
+from accelerate.utils.constants import OPTIMIZER_NAME
 
 from duet.configs.errors import UserError, first_line
+from duet.inference.together import together
 from duet.train.sharding import Sharding
 
 _FOLDER = "state"  # of a checkpoint
@@ -21,17 +23,23 @@ _FOLDER = "state"  # of a checkpoint
 def save_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoint: Path) -> None:
     """Every process calls it: each has its own random state."""
     folder = checkpoint / _FOLDER
-    folder.mkdir(exist_ok=True)
-    save_accelerator_state(
-        str(folder),
-        [],
-        list(shardings),
-        [s.scheduler for s in shardings],
-        [],
-        accelerator.process_index,
-        0,
-        accelerator.scaler,
-    )
+    with together(accelerator):
+        folder.mkdir(exist_ok=True)
+    for i, sharding in enumerate(shardings):
+        state = sharding.state_dict()  # collective: none may wait in it for one whose disk is full
+        with together(accelerator):
+            save(state, folder / (f"{OPTIMIZER_NAME}_{i}.bin" if i else f"{OPTIMIZER_NAME}.bin"))
+    with together(accelerator):
+        save_accelerator_state(
+            str(folder),
+            [],
+            [],
+            [s.scheduler for s in shardings],
+            [],
+            accelerator.process_index,
+            0,
+            accelerator.scaler,
+        )
 
 
 def load_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoint: Path) -> None:
