@@ -1,5 +1,6 @@
 """Where the parts of a pipeline are: on the device, or on the CPU until a phase needs them."""
 
+import torch
 from diffusers import GlmImagePipeline
 
 from duet.configs.policy_schema import ModelConfig
@@ -16,7 +17,7 @@ class Placement:
     def __init__(self, pipeline: GlmImagePipeline, config: ModelConfig | None = None) -> None:
         """`config`: None leaves the parts where they are."""
         self.pipeline, self.moves = pipeline, config is not None and config.offload == "phase"
-        self.device = pick_device(config.device) if self.moves else pipeline.vae.device
+        self.device = pick_device(config.device) if self.moves else _device(pipeline)
         self.fixed: set[str] = set()  # components that stay on the device
 
     def bring(self, *needed: str) -> None:
@@ -30,3 +31,9 @@ class Placement:
         for name in needed:
             if name not in self.fixed:
                 parts[name].to(self.device)
+
+
+def _device(pipeline: GlmImagePipeline) -> torch.device:
+    """Where its weights are, of those that it has already."""
+    weights = (p for part in components(pipeline).values() for p in part.parameters())
+    return next(p.device for p in weights if not p.is_meta)

@@ -107,12 +107,12 @@ def test_what_a_spread_group_shares_comes_from_one_process(small_run, monkeypatc
 
     def gathered(made):
         told.extend(made)
-        return [(id, prior.flip(0)) for id, prior in made]
+        return [(id, replace(prior, tokens=prior.tokens.flip(1))) for id, prior in made]
 
     monkeypatch.setattr(module, "gather_object", gathered)
     for rollout, (_, prior) in zip(module.collect(run, 0).rollouts, told, strict=True):
-        assert torch.equal(rollout.request.prior, prior.flip(0))
-        assert not torch.equal(rollout.request.prior, prior)
+        assert torch.equal(rollout.request.prior, prior.tokens[0].flip(0))
+        assert not torch.equal(rollout.request.prior, prior.tokens[0])
 
 
 @pytest.mark.parametrize("kind", ["trained", "watched"])

@@ -249,7 +249,7 @@ def test_cached_priors_are_those_of_the_ar_that_the_run_begins_with(started, tmp
     asked = [Request(row.prompt, (fixed_seeds(1, config.seed, 0)[0],), SIZE)]
     bare = engine.priors(asked)[0]
     load_trained(pipeline, started["ar"])
-    cached = PriorCache.of(config).read(0)
+    cached = PriorCache.of(config).read(0).tokens
     assert torch.equal(cached, engine.priors(asked)[0]) and not torch.equal(cached, bare)
     AcceleratorState._reset_state(True)
     prepare(config_of("decoder", *common, beginning(started["ar"])))

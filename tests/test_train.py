@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from duet.configs.digests import write_digests
 from duet.configs.errors import UserError
 from duet.configs.policy_schema import SamplingConfig, SdeConfig
+from duet.configs.row import Row
 from duet.inference.adapters import add_adapter, load_adapter
 from duet.inference.engine import Engine
 from duet.inference.model import load_pipeline
@@ -51,7 +52,7 @@ def spread(images) -> int:
 @pytest.mark.parametrize("reference_images", [True, False])
 def test_only_the_policy_makes_a_group_differ(pipeline, rows, small_run, stage, reference_images):
     """With a policy that cannot vary, all images of a group are equal; else they are not."""
-    rows = rows if reference_images else [{"prompt": r["prompt"]} for r in rows]
+    rows = rows if reference_images else [Row({"prompt": r["prompt"]}) for r in rows]
     still = {
         "ar": (replace(SAMPLING, temperature=0.0), SdeConfig()),
         "decoder": (SAMPLING, SdeConfig(noise_level=0.0)),
@@ -176,7 +177,8 @@ def test_all_priors_of_a_step_are_sampled_in_one_call(pipeline, small_run, monke
     monkeypatch.setattr(
         Engine, "priors", lambda self, asked: calls.append(len(asked)) or true(self, asked)
     )
-    rows = [{"prompt": f'a red card with the white word "{w}"'} for w in ("CAT", "PEN", "ALONE")]
+    told = 'a red card with the white word "{}"'
+    rows = [Row({"prompt": told.format(word)}) for word in ("CAT", "PEN", "ALONE")]
     groups = draw_groups(rows, 0, 0, 3, 2)
     requests = STAGES["decoder"](engine, config).requests(groups)
     assert calls == [3] and all(r.prior.shape == (6,) for r in requests)
