@@ -13,8 +13,8 @@ import torch
 
 from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
+from duet.inference import together
 from duet.inference.engine import Engine
-from duet.train import together
 from duet.train.checkpoint import complete_checkpoints
 from duet.train.policy import Policy
 from tests.conftest import ROOT, adapter_weights, train

@@ -28,9 +28,9 @@ def one_of_three(tmp_path):
 )
 def test_a_lost_process_is_named(one_of_three, monkeypatch, error):
     monkeypatch.setattr("duet.inference.lost.ROLL_CALL_SECONDS", 0)
-    with pytest.raises(Lost, match="^process 0, 2 is gone or hangs: its own lines") as ended:
-        with naming_the_lost():
-            raise error
+    told = "^process 0, 2 is gone or hangs: its own lines"
+    with pytest.raises(Lost, match=told) as ended, naming_the_lost():
+        raise error
     assert ended.value.status == 2 and ended.value.__cause__ is error
     one_of_three.set("duet/left/2", "")  # the other one that is left says so
     assert str(named(error)).startswith("process 0 is gone")
