@@ -96,7 +96,15 @@ class FullySharded(Sharding):
             layer.reshard()
 
     def state_dict(self) -> dict[str, Any]:
-        return _each(self.optimizer.state_dict(), lambda _, value: _gather(value))
+        main = self.accelerator.is_main_process
+
+        def gather(_: int, value: Any) -> Any:
+            if not isinstance(value, DTensor):
+                return value
+            whole = value.full_tensor()  # collective
+            return whole.cpu() if main else None
+
+        return _each(self.optimizer.state_dict(), gather)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         trained = self.trained
@@ -132,10 +140,6 @@ def _part_of(value: Tensor, parameter: DTensor) -> DTensor:
     """Every process has the whole `value`; none is sent."""
     mesh = parameter.device_mesh
     return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
-
-
-def _gather(value: Any) -> Any:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def _each(state: dict[str, Any], change: Callable[[int, Any], Any]) -> dict[str, Any]:

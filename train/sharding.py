@@ -96,7 +96,7 @@ class Sharding:
         parameter.data.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, as one process alone would have it. Collective."""
+        """The optimizer's, as one process alone would have it: the main one gets it. Collective."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -79,14 +79,19 @@ class Zero2(Sharding):
         safe_set_full_fp32_param(parameter, parameter.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        from deepspeed.utils import safe_get_full_optimizer_state as whole
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        def whole(parameter: Parameter, name: str) -> Tensor | None:
+            value = safe_get_full_optimizer_state(parameter, name)  # collective
+            main = self.accelerator.is_main_process
+            return value.view(self.shape(parameter)).cpu() if main else None
 
         # the optimizer's own parameters are flat parts of many: they count updates alike
         flat = next(iter(self.optimizer.state.values()), {})
         sized = [name for name, value in flat.items() if isinstance(value, Tensor) and value.dim()]
         counts = {name: value for name, value in flat.items() if name not in sized}
         states = {
-            i: counts | {name: whole(p, name).view(self.shape(p)).cpu() for name in sized}
+            i: counts | {name: whole(p, name) for name in sized}
             for i, p in enumerate(self._params)
             if flat
         }
