@@ -29,6 +29,18 @@ SAMPLING = SamplingConfig(height=64, width=96, num_inference_steps=6)
 SIZE = Size(64, 96)
 
 
+# files that take a minute each, most of it in processes of their own: begun last, one of two
+# workers would wait for the other
+_LONG = (
+    "test_engines", "test_processes", "test_plan", "test_commands", "test_selection",
+    "test_real_size",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 def train(config: RunConfig) -> Path:
     """A run in this process, as if none had been before it."""
     AcceleratorState._reset_state(True)

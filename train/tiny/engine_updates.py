@@ -11,6 +11,7 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from torch.optim import SGD, Optimizer
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.rewards.base import RewardInput
 from duet.train.advantages import group_advantages
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import collect
@@ -51,10 +53,17 @@ _COMMON = (
     "grpo.epsilon=0.9",
     "grpo.epsilon_high=10",
     "sampling.num_inference_steps=6",
-    "rewards=[{name: duet.train.tiny.hackable.Sharpness}]",
+    "rewards=[{name: duet.train.tiny.engine_updates.Alternating}]",
     "train.trackers=[]",
     "train.max_steps=2",
 )
+
+
+class Alternating:
+    """0 and 1 in turn: what a pixel that rounds to its other neighbour cannot move."""
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[float]:
+        return [float(place % _SAMPLES) for place in range(len(inputs))]
 
 
 def main() -> None:
@@ -93,7 +102,8 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
 
 
 def go_on(case: str, checkpoint: Path, output: Path) -> None:
-    """The second step of AdamW, after the first one's checkpoint; writes its own."""
+    """The second step of AdamW, after the first one's checkpoint; writes its own. `output` lies
+    in a folder of a folder with the rows (`write_rows`)."""
     _step(_prepare(case, output, 2 * _SAMPLES, f"train.resume={checkpoint}"), 1)
     _forget()
 
