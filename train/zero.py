@@ -129,13 +129,6 @@ class Zero3(Zero2):
 
     stage, in_step = 3, True
 
-    @classmethod
-    def container(cls, device: torch.device) -> AbstractContextManager[None]:
-        # which makes float32 where its config names no other dtype; its argument does not
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": cls.stage}}
-        init = _deepspeed(device).zero.Init
-        return init(config_dict_or_path=config, mem_efficient_linear=False)
-
     def _config(self, max_norm: float) -> dict[str, Any]:
         config = super()._config(max_norm)
         config["zero_optimization"] |= {
