@@ -5,7 +5,7 @@ Zhao et al., arXiv 2304.11277; https://docs.pytorch.org/docs/stable/distributed.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,16 +21,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from duet.train.environment import hybrid
 from duet.train.laid_out import laid_out
-from duet.train.sharding import Sharding
+from duet.train.sharding import InParts
 
 
-class FullySharded(Sharding):
+class FullySharded(InParts):
     """Block by block."""
 
-    in_step, movable = True, False
+    in_step = True
 
     @classmethod
-    def container(cls, device: torch.device) -> AbstractContextManager[None]:
+    def container(cls) -> AbstractContextManager[None]:
         return init_empty_weights(include_buffers=False)
 
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
@@ -70,12 +70,6 @@ class FullySharded(Sharding):
 
     def _layers(self) -> list[FSDPModule]:
         return [m for m in self.inner.modules() if isinstance(m, FSDPModule)]
-
-    def accumulating(self) -> AbstractContextManager[None]:
-        return self.accelerator.accumulate()
-
-    def synchronising(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()  # a whole gradient would not fit: its parts add up
 
     def clip(self) -> Tensor:
         return clip_grad_norm_(self.trained, self.max_norm).full_tensor()

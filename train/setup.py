@@ -85,7 +85,7 @@ def prepare(config: RunConfig) -> Training:
         if divided[name].spread:
             require_whole_groups(loaded.scorers[name], part, processes)
     set_seed(config.seed)
-    empty = _empty(parts, accelerator)
+    empty = _empty(parts)
     pipeline = _pipeline(config, accelerator, unread, empty)
     frozen = [p.name for p in PARTS.values() if p.name not in parts and p.component not in unread]
     load_given(pipeline, begun, frozen)
@@ -177,11 +177,11 @@ def _unread(
     return [AR.component] if decoder.train.eval_steps is None else []
 
 
-def _empty(parts: Mapping[str, RunConfig], accelerator: Accelerator) -> dict[str, Module]:
+def _empty(parts: Mapping[str, RunConfig]) -> dict[str, Module]:
     """Parts that are built without weights, since no process is to hold all of them."""
     made = {}
     for name, config in parts.items():
-        container = chosen_sharding().container(accelerator.device)
+        container = chosen_sharding().container()
         if config.tuning == "full" and container is not None:
             made[name] = build_empty(config.model.path, PARTS[name], container)
     return made

@@ -22,7 +22,7 @@ class Sharding:
     movable = True  # whether the module may wait on the CPU
 
     @classmethod
-    def container(cls, device: torch.device) -> AbstractContextManager[None] | None:
+    def container(cls) -> AbstractContextManager[None] | None:
         """Where a module is built that has no weights yet, so that no process holds all of them;
         None where each does."""
         return None
@@ -109,3 +109,15 @@ class Sharding:
 
     def settle(self) -> None:
         """After it the next forward runs by what is `held`, also by what was written there."""
+
+
+class InParts(Sharding):
+    """What both engines have in common that keep a part of the training on each process."""
+
+    movable = False
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        return self.accelerator.accumulate()
+
+    def synchronising(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()  # a whole gradient would not fit: its parts add up

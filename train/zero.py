@@ -6,7 +6,7 @@ Rajbhandari et al., arXiv 1910.02054.
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -19,16 +19,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from duet.train.laid_out import laid_out
-from duet.train.sharding import Sharding
+from duet.train.sharding import InParts
 
 
-class Zero2(Sharding):
+class Zero2(InParts):
     """DeepSpeed's engine clips, skips what is not finite, and steps, all in one call.
 
     It runs in the dtypes that the module has: mixed precision is autocast's, as with every engine.
     """
 
-    stage, movable = 2, False  # the weights lie in buffers of DeepSpeed's
+    stage = 2
 
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
         super().__init__(accelerator, module.to(accelerator.device), block)
@@ -51,12 +51,6 @@ class Zero2(Sharding):
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.stage, "overlap_comm": False},
         }
-
-    def accumulating(self) -> AbstractContextManager[None]:
-        return self.accelerator.accumulate()
-
-    def synchronising(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()  # a whole gradient would not fit: its parts add up
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed skips by the gradient alone, so a loss that is not finite must show there
@@ -169,7 +163,7 @@ class Zero3(Zero2):
         from deepspeed.utils import safe_set_local_fp32_param
 
         if not hasattr(parameter, "ds_tensor"):
-            return Sharding.fill(self, parameter, value)
+            return InParts.fill(self, parameter, value)
         own = self._part_of(value, parameter)
         parameter.ds_tensor.detach().view(-1).copy_(own)
         safe_set_local_fp32_param(parameter, own)
