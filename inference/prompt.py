@@ -102,11 +102,12 @@ class PromptBatch:
     def of(cls, prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> "PromptBatch":
         grids = prompts[0].grids
         assert all(p.grids == grids for p in prompts)
-        ids = [p.ids for p in prompts]
+        ids, written = [p.ids for p in prompts], grid_positions(grids)
+        positions = [torch.cat([p.positions, written + p.start], -1) for p in prompts]
         return cls(
             left_padded(ids, pad_id).to(device),
             not_padding(ids, device),
-            left_padded([p.all_positions for p in prompts], 0).transpose(0, 1).to(device),
+            left_padded(positions, 0).transpose(0, 1).to(device),
         )
 
 

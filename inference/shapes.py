@@ -109,8 +109,8 @@ Sizes = Path | Scale  # a checkpoint's folder with its config.json files, or the
 def build_part(component: str, sizes: Sizes, dtype: torch.dtype, layers: int | None) -> Module:
     """One part, frozen, on the meta device.
 
-    `component`: the name that `GlmImagePipeline` gives it; `layers`: of the AR or the DiT, None:
-    its own. Raises UserError where a folder does not tell.
+    `component`: the name that `GlmImagePipeline` gives it; `layers`: of the AR, whose vision
+    tower then has one, or of the DiT; None: its own. Raises UserError where a folder does not tell.
     """
     try:
         with torch.device("meta"), default_dtype(dtype):
@@ -126,7 +126,7 @@ def builders(sizes: Sizes, layers: int | None = None) -> dict[str, Callable[[], 
 
 def _of_scale(scale: Scale, layers: int | None) -> dict[str, Callable[[], Module]]:
     if layers is not None:
-        scale = replace(scale, ar_layers=layers, dit_layers=layers)
+        scale = replace(scale, ar_layers=layers, vision_layers=1, dit_layers=layers)
     return {
         "vision_language_encoder": lambda: build_ar(scale),
         "transformer": lambda: build_dit(scale),
@@ -138,7 +138,8 @@ def _of_scale(scale: Scale, layers: int | None) -> dict[str, Callable[[], Module
 def _of_folder(folder: Path, layers: int | None) -> dict[str, Callable[[], Module]]:
     def ar() -> Module:
         config = GlmImageConfig.from_pretrained(folder / "vision_language_encoder")
-        config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
+        if layers is not None:
+            config.text_config.num_hidden_layers, config.vision_config.depth = layers, 1
         return GlmImageForConditionalGeneration(config)
 
     def dit() -> Module:

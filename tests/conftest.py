@@ -29,16 +29,23 @@ SAMPLING = SamplingConfig(height=64, width=96, num_inference_steps=6)
 SIZE = Size(64, 96)
 
 
-# files that take a minute each, most of it in processes of their own: begun last, one of two
-# workers would wait for the other
+# files that take long, the longest first, most of it in processes of their own: begun last, one
+# of two workers would wait for the other
 _LONG = (
     "test_engines", "test_processes", "test_plan", "test_commands", "test_selection",
-    "test_real_size",
+    "test_real_size", "test_shared_work", "test_precision", "test_train", "test_memory",
+    "test_tuning", "test_turns", "test_priors", "test_damage", "test_endings", "test_spread",
 )  # fmt: skip
 
 
+def pytest_configure(config):
+    # xdist would begin the files of most tests first, and those of few long ones last
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in _LONG)
+    place = {name: index for index, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
 
 
 def train(config: RunConfig) -> Path:

@@ -1,14 +1,20 @@
-"""The commands as a stranger types them: real processes, exit status, one clear line."""
+"""The commands as a stranger types them: exit status, one clear line; those that load torch once
+as a process, and where another would show no more by the same entry in this one."""
 
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
+from duet.configs.errors import exit_on_user_error
+from duet.inference import generate
+from duet.train import __main__ as training
+from duet.train import evaluate
 from tests.conftest import MODEL, ROOT
 
 CARD = 'a red card with the white word "CAT"'
@@ -27,7 +33,34 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_generate_writes_pictures_and_never_replaces_one(tmp_path):
+@dataclass
+class Ended:
+    """As a process does."""
+
+    returncode: int
+    stderr: str
+
+
+MAINS = {
+    "duet.train": training.main,
+    "duet.inference.generate": generate.main,
+    "duet.train.evaluate": evaluate.main,
+}
+
+
+def call(capfd, _: str, module: str, *arguments: str) -> Ended:
+    """The entry of `python -m MODULE`, in this process."""
+    AcceleratorState._reset_state(True)
+    capfd.readouterr()
+    status = 0
+    try:
+        exit_on_user_error(lambda: MAINS[module](list(arguments)))
+    except SystemExit as end:
+        status = end.code
+    return Ended(status, capfd.readouterr().err)
+
+
+def test_generate_writes_pictures_and_never_replaces_one(tmp_path, capfd):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": 'a blue card with the black word "PEN"'}) + "\n")
     command = [
@@ -44,12 +77,12 @@ def test_generate_writes_pictures_and_never_replaces_one(tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     assert Image.open(tmp_path / "out" / "000-seed5.png").size == (96, 64)
     before = (tmp_path / "out" / "000-seed5.png").read_bytes()
-    assert run(*command, "--height", "96", "--width", "64").returncode == 0
+    assert call(capfd, *command, "--height", "96", "--width", "64").returncode == 0
     assert (tmp_path / "out" / "000-seed5.png").read_bytes() == before
     assert Image.open(tmp_path / "out" / "000-seed5-1.png").size == (64, 96)
 
 
-def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
+def test_evaluate_writes_a_report_that_needs_no_network(tmp_path, capfd):
     rows = (ROOT / "configs/tiny/prompts/eval.jsonl").read_text().splitlines()[:3]
     data = tmp_path / "eval.jsonl"
     absolute = [json.loads(r) for r in rows]
@@ -91,10 +124,10 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path):
     page = (output / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 6 and "<svg" in page
     assert 'src="http' not in page and "href=" not in page.replace('xlink:href="#', "")
-    again = run(*command)
+    again = call(capfd, *command)
     assert again.returncode == 2 and "index.html" in again.stderr and "already" in again.stderr
     command[-1], command[-3] = str(tmp_path / "joined"), f"{checkpoint},{checkpoint}"
-    joined = run(*command)
+    joined = call(capfd, *command)
     assert joined.returncode == 2 and "joins adapters of decoder and decoder" in joined.stderr
     assert not (tmp_path / "joined").exists()
 
@@ -118,33 +151,26 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Every wrong command, two at a time: each pays for its own imports."""
-    tmp = tmp_path_factory.mktemp("wrong")
-    (tmp / "empty.jsonl").write_text("\n")
-    (tmp / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
-    quick = [
-        "rollout.prompts_per_step=1", "rollout.num_generations=2", "sampling.num_inference_steps=6",
-        "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
-    ]  # fmt: skip
-
-    def attempt(name: str) -> subprocess.CompletedProcess:
-        arguments = [a.format(tmp=tmp) for a in WRONG[name][0]]
-        if arguments[1] == "duet.train":
-            arguments += [*quick, f"output_dir={tmp}/{name.replace(' ', '-')}"]
-        return run(*arguments)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(WRONG, pool.map(attempt, WRONG), strict=True))
-    assert not list(tmp.rglob("checkpoint-*"))
-    return done
+# as processes: what is told before torch is loaded, and what is told last of all
+PROCESSES = (
+    "unknown key", "missing config", "generate nothing", "unknown command", "reward raises",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_mistake_is_one_clear_line_and_status_2(outcomes, name):
-    done = outcomes[name]
+def test_a_mistake_is_one_clear_line_and_status_2(name, tmp_path, capfd):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    arguments = [a.format(tmp=tmp_path) for a in WRONG[name][0]]
+    if arguments[1] == "duet.train":
+        arguments += [
+            "rollout.prompts_per_step=1", "rollout.num_generations=2", "sampling.num_inference_steps=6",
+            "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
+            "train.trackers=[]", f"output_dir={tmp_path / 'run'}",
+        ]  # fmt: skip
+    done = run(*arguments) if name in PROCESSES else call(capfd, *arguments)
     errors = [line for line in done.stderr.splitlines() if "duet: error:" in line]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1 and WRONG[name][1] in errors[0]
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("checkpoint-*"))

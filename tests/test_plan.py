@@ -33,7 +33,15 @@ from duet.train.memory import (
     subject_of,
     trained_of,
 )
-from duet.train.workload import Scoring, Subject, trained_parameters, update, weight_bytes
+from duet.train.workload import (
+    Scoring,
+    Subject,
+    latents,
+    tokens,
+    trained_parameters,
+    update,
+    weight_bytes,
+)
 from tests.conftest import MODEL, ROOT
 
 REAL = {stage: ROOT / "configs" / "glm_image" / f"{stage}.yaml" for stage in ("ar", "decoder")}
@@ -139,7 +147,21 @@ def test_what_is_counted_is_what_autograd_saves(stage, component, call, pipeline
         t.nbytes for t in (*module.parameters(), *module.buffers())
     )
     add_adapter(real, subject.part, LORA.rank, LORA.alpha)
+    assert trained_parameters(subject) == sum(
+        p.numel() for p in real.parameters() if p.requires_grad
+    )
     assert counted == pytest.approx(kept_for_real(real, call), rel=0.05)
+
+
+@pytest.mark.parametrize("piece", [tokens, latents])
+def test_a_piece_that_samples_is_counted_once_whatever_learns(piece):
+    asked, recomputed = (SamplingConfig(height=64, width=96), 2), replace(TINY_DIT, recomputed=True)
+    assert piece(TINY_DIT, *asked) is piece(recomputed, *asked)
+    one, other = (piece.__wrapped__(s, *asked) for s in (TINY_DIT, recomputed))
+    assert one == other, "counted anew it is the same"
+    other = replace(TINY_DIT, lora=replace(LORA, rank=8))
+    shows = piece is latents  # the LoRA is the decoder's
+    assert (piece(TINY_DIT, *asked) != piece(other, *asked)) == shows
 
 
 def test_a_picture_at_a_time_leaves_the_vae_where_the_plan_counts_one(monkeypatch):

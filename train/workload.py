@@ -51,6 +51,11 @@ class Subject:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.arithmetic.dtype)
 
+    def sampled(self, component: str) -> "Subject":
+        """The same without what the component does not show while none learns."""
+        own = component == self.part.component
+        return replace(self, lora=self.lora if own else None, recomputed=False)
+
     def build(self, component: str) -> Module:
         """On the meta device, as a run has it."""
         module = build_part(component, self.sizes, self.dtype, self.layers)
@@ -97,16 +102,20 @@ class Work:
 FEW = 2  # layers
 
 
-def by_layers(component: Callable[[Subject], str]):
+def by_layers(component: Callable[[Subject], str], learns: bool = False):
     """Run a piece with few layers of the component and with one more, and extend it to all: they
-    are alike."""
+    are alike. Equal pieces are run once."""
 
     def extend(run: Callable[..., Work]) -> Callable[..., Work]:
         @cache
-        @wraps(run)
-        def whole(subject: Subject, *args) -> Work:
+        def extended(subject: Subject, *args) -> Work:
             few, more = (run(replace(subject, layers=n), *args) for n in (FEW, FEW + 1))
             return few.towards(more, _depth(subject, component(subject)) - FEW)
+
+        @wraps(run)
+        def whole(subject: Subject, *args) -> Work:
+            same = subject if learns else subject.sampled(component(subject))
+            return extended(same, *args)
 
         return whole
 
@@ -114,20 +123,25 @@ def by_layers(component: Callable[[Subject], str]):
 
 
 @cache
-def _whole(subject: Subject, component: str) -> Module:
+def _whole(component: str, sizes: Sizes, dtype: torch.dtype) -> Module:
     """On the meta device, without an adapter."""
-    return build_part(component, subject.sizes, subject.dtype, None)
+    return build_part(component, sizes, dtype, None)
 
 
 def _depth(subject: Subject, component: str) -> int:
     [block] = [part.block for part in PARTS.values() if part.component == component]
-    return sum(isinstance(module, block) for module in _whole(subject, component).modules())
+    module = _whole(component, subject.sizes, subject.dtype)
+    return sum(isinstance(part, block) for part in module.modules())
+
+
+def weight_bytes(subject: Subject, component: str) -> int:
+    """Of the frozen weights."""
+    return _bytes(component, subject.sizes, subject.dtype)
 
 
 @cache
-def weight_bytes(subject: Subject, component: str) -> int:
-    """Of the frozen weights."""
-    module = _whole(subject, component)
+def _bytes(component: str, sizes: Sizes, dtype: torch.dtype) -> int:
+    module = _whole(component, sizes, dtype)
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
@@ -156,7 +170,12 @@ def _reference(subject: Subject, module: Module) -> AbstractContextManager[None]
 
 @cache
 def trained_parameters(subject: Subject) -> int:
-    return sum(p.numel() for p in _trained(subject.build(subject.part.component)))
+    component = subject.part.component
+    few, more = (
+        sum(p.numel() for p in _trained(replace(subject, layers=n).build(component)))
+        for n in (FEW, FEW + 1)
+    )
+    return few + (more - few) * (_depth(subject, component) - FEW)
 
 
 def _trained(module: Module) -> list[Tensor]:
@@ -256,7 +275,7 @@ def scoring(subject: Subject, asked: Scoring, reference: bool) -> Work:
         return Work({"scores": made.live - begun}, (made.peak - begun,), made.kernels)
 
 
-@by_layers(lambda subject: subject.part.component)
+@by_layers(lambda subject: subject.part.component, learns=True)
 def update(subject: Subject, asked: Scoring) -> Work:
     """A forward and backward pass, the gradients of an earlier one being there."""
     module = subject.build(subject.part.component)
