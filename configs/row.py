@@ -42,13 +42,18 @@ class Row(Mapping[str, Any]):
     @property
     def sources(self) -> tuple[Stored, ...]:
         """What an edit starts from, in order, as it is stored; none: a prompt of text."""
-        if SOURCES in self.columns:
-            return tuple(self.columns[SOURCES])
-        return (self.columns["source"],) if "source" in self.columns else ()
+        return sources_of(self.columns)
 
     def picture(self, key: str) -> Image.Image | None:
         """As a viewer shows it; None where the row has none."""
         return read_picture(self.columns[key]) if key in self.columns else None
+
+
+def sources_of(columns: Mapping[str, Any]) -> tuple[Stored, ...]:
+    """A row's sources in order, whether it has a list of them or one."""
+    if SOURCES in columns:
+        return tuple(columns[SOURCES])
+    return (columns["source"],) if "source" in columns else ()
 
 
 def make_row(record: Mapping[str, Any], where: str, folder: Path, renamed: Mapping) -> Row:

@@ -1,5 +1,6 @@
 """Rows that edit: what is checked before a run, training of both stages, evaluation, generation."""
 
+import base64
 import io
 import json
 import shutil
@@ -361,10 +362,14 @@ def test_pictures_that_a_dataset_holds_are_sources(tmp_path, engine):
         assert [picture.size for picture in ready.sources] == [(96, 64), (64, 64)]
 
 
-def test_a_remote_reward_is_sent_no_path_and_no_bytes_of_a_source():
-    row = {"prompt": "x", "sources": [b"bytes", "/home/me/a.png"], "source_prompt": "y"}
+def test_a_remote_reward_is_sent_pictures_and_no_path_of_a_source(folder):
+    sources = [FILES["card.png"], str(folder / "lying.jpg")]
+    row = {"prompt": "x", "sources": sources, "source_prompt": "y"}
     [sample] = json.loads(encode_request([RewardInput(CLEAN, "x", row)], "png"))["samples"]
     assert sample["row"] == {"prompt": "x", "source_prompt": "y"}
+    shown = [Image.open(io.BytesIO(base64.b64decode(text))) for text in sample["sources"]]
+    assert [picture.size for picture in shown] == [(96, 64), (64, 96)]
+    assert str(folder) not in json.dumps(sample)
 
 
 def test_one_source_and_a_list_of_one_are_alike():
