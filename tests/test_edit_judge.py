@@ -231,6 +231,7 @@ def test_a_source_that_has_gone_ends_the_run_in_one_line(endpoint, files):
         ({"reading": "scale", "scale": [0.5, 3]}, "two whole numbers"),
         ({"reading": "scale", "scale": 10}, "two whole numbers"),
         ({"reading": "scale", "scale": []}, "two whole numbers"),
+        ({"question": "over_editing", "scale": []}, "two whole numbers"),
         ({"reading": "reasoned", "scale": [-1, 3]}, "of 0 to 100"),
         ({"reading": "reasoned", "scale": [0, True]}, "two whole numbers"),
         ({"draws": 0}, "judge draws 0: give a whole number >= 1"),
