@@ -90,7 +90,7 @@ def judge(kitchen):
     config = kitchen / "edit_judge.yaml"
     with Endpoint() as endpoint:
         endpoint.replies = [answer]
-        config.write_text(config.read_text().replace("http://127.0.0.1:8000/v1", endpoint.url))
+        config.write_text(re.sub(r"http://[^\s\"]+", endpoint.url, config.read_text()))
         yield endpoint
 
 
