@@ -1,6 +1,7 @@
 """One row of a dataset, and what it must be before a run begins."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from duet.configs.setting import shown
 
 PICTURES = ("image", "source")  # the wanted picture; what an edit starts from
 SOURCES = "sources"  # several of the latter, in order
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+_LONGEST_PATH = 4096  # characters; what is longer is a picture in base64
 
 
 @dataclass(frozen=True, eq=False)  # equal as mappings are
@@ -42,13 +45,18 @@ class Row(Mapping[str, Any]):
     @property
     def sources(self) -> tuple[Stored, ...]:
         """What an edit starts from, in order, as it is stored; none: a prompt of text."""
-        if SOURCES in self.columns:
-            return tuple(self.columns[SOURCES])
-        return (self.columns["source"],) if "source" in self.columns else ()
+        return sources_of(self.columns)
 
     def picture(self, key: str) -> Image.Image | None:
         """As a viewer shows it; None where the row has none."""
         return read_picture(self.columns[key]) if key in self.columns else None
+
+
+def sources_of(columns: Mapping[str, Any]) -> tuple[Stored, ...]:
+    """A row's sources in order, whether it has a list of them or one."""
+    if SOURCES in columns:
+        return tuple(columns[SOURCES])
+    return (columns["source"],) if "source" in columns else ()
 
 
 def make_row(record: Mapping[str, Any], where: str, folder: Path, renamed: Mapping) -> Row:
@@ -65,10 +73,13 @@ def make_row(record: Mapping[str, Any], where: str, folder: Path, renamed: Mappi
 
 
 def _stored(value: Any, folder: Path) -> Any:
-    """A path made absolute; `datasets` keeps a picture as its bytes, or as a path without them."""
+    """A path made absolute; `datasets` keeps a picture as its bytes, or as a path without them.
+
+    What is no path is left as it is, to be told as it was written.
+    """
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
         value = value["path"] if value["bytes"] is None else value["bytes"]
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value and not _URL.match(value):
         return str(folder / os.path.expanduser(value))
     return value
 
@@ -118,8 +129,13 @@ def _check_sources(row: Row) -> None:
 def _check_picture(row: Row, key: str, stored: Any, width: int | None, height: int | None) -> None:
     if not isinstance(stored, str | bytes | Image.Image) or stored == "":
         raise UserError(f"{row.where}: {key} = {shown(stored)} must be a picture or its path")
+    if isinstance(stored, str) and _URL.match(stored):
+        raise UserError(
+            f"{row.where}: {key} = {shown(stored)} is a URL: download it, and give the file's path"
+        )
     if isinstance(stored, str) and ("\0" in stored or not os.path.isfile(stored)):
-        raise UserError(f"{row.where}: {key} {stored!r} does not exist, or is no file")
+        name = repr(stored) if len(stored) < _LONGEST_PATH else shown(stored)
+        raise UserError(f"{row.where}: {key} {name} does not exist, or is no file")
     try:
         picture = read_picture(stored)
     except UserError as error:

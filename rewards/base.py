@@ -15,6 +15,7 @@ from PIL import Image
 
 from duet.configs.errors import UserError
 from duet.configs.pictures import fit, read_picture
+from duet.configs.row import sources_of
 from duet.rewards.answers import Answer, BadAnswer, read_answers, require_apart
 
 
@@ -41,6 +42,17 @@ class RewardInput:
         if stored is None:
             return None
         return self.look(fit(read_picture(stored), *(self.size or self.image.size)))
+
+    def sources(self) -> list[Image.Image]:
+        """The row's sources in order, whole and of any shape; none where it has none.
+
+        Their longer side is this image's at most, and they are brought to its view.
+        """
+        longest = max(self.size or self.image.size)
+        pictures = [read_picture(stored) for stored in sources_of(self.row)]
+        for picture in pictures:
+            picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        return [self.look(picture) for picture in pictures]
 
 
 class Reward(Protocol):

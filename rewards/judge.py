@@ -7,11 +7,9 @@ import json
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from string import Formatter
 from typing import Any, Literal
 
 from PIL import Image
@@ -19,20 +17,27 @@ from PIL import Image
 from duet.configs.errors import UserError
 from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
-from duet.rewards.judge_reading import READINGS, Unscored
+from duet.rewards.judge_questions import (
+    ROW_KEYS,
+    check_pictures,
+    find_question,
+    order_told,
+    pictures_of,
+)
+from duet.rewards.judge_reading import Unscored, choices, find_reading
 from duet.rewards.service.http import Client, Failure, converse, excerpt, is_address
 
 logger = logging.getLogger(__name__)
 
-_FIELD = re.compile(r"prompt|row\[[^\[\]]+\]")  # what a question may name
 PAUSE_SECONDS = 0.5  # before the first retry; doubled for each further one
+TEMPERATURE = 0.7  # of several draws, as EditScore takes them
 
 
 class Judge:
     """P(yes), or the expected mark, of the judge's answer to a question, in [0, 1].
 
     A sample without a readable answer scores NaN; one warning a call tells why. The reward does
-    not apply to a row without a key that the question names.
+    not apply to a row without a key that the question names, or without pictures that it shows.
     """
 
     def __init__(
@@ -40,30 +45,39 @@ class Judge:
         url: str,
         model: str,
         question: str,
-        reading: Literal["yes_no", "scale"] = "yes_no",
+        reading: Literal["yes_no", "scale", "reasoned"] | None = None,
+        pictures: Sequence[Literal["sources", "image", "wanted"]] | None = None,
+        scale: Sequence[int] | None = None,
+        draws: int = 1,
         api_key_env: str | None = None,
         timeout_seconds: float = 60.0,
         retries: int = 2,
         concurrency: int = 8,
     ) -> None:
-        """`url`: up to and with /v1. `question` may name {prompt} and {row[KEY]}.
-
-        `reading`: yes_no, or scale for marks from 1 to 10, mapped to 0 to 1.
-        `timeout_seconds` bounds each request, connecting and the whole answer included.
-        `api_key_env`: the environment variable that holds the key.
+        """`url`: up to and with /v1. `question`: a name of `judge_questions.SHIPPED`, or a text
+        that may name {prompt} and {row[KEY]}. `pictures`: what is sent, in order, and told so:
+        the row's sources, the sample itself, the row's `image`. `reading`: yes_no, a mark of
+        `scale` (worst, best), or reasons and then marks, the least of which counts. None: as the
+        shipped question has it, else yes_no of [image]. The score is the mean of `draws` answers
+        at a temperature of 0.7, one at 0. `timeout_seconds` bounds each request, connecting and
+        the whole answer included. `api_key_env`: the environment variable that holds the key.
         """
-        if reading not in READINGS:
-            raise UserError(f"judge reading {reading!r}: allowed are {', '.join(READINGS)}")
         if not is_address(url):
             raise UserError(f"judge url {url!r}: give http://HOST:PORT/v1 or https://...")
         if not 0 < timeout_seconds < math.inf:
             raise UserError(f"judge timeout_seconds {timeout_seconds}: give a number > 0")
-        for name, value, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
-            if value < least:
-                raise UserError(f"judge {name} {value}: give a whole number >= {least}")
-        _check_question(question)
+        least = {"retries": (retries, 0), "concurrency": (concurrency, 1), "draws": (draws, 1)}
+        for name, (value, bound) in least.items():
+            if type(value) is not int or value < bound:
+                raise UserError(f"judge {name} {value!r}: give a whole number >= {bound}")
+        asked = find_question(question)
+        reading = asked.reading if reading is None else reading
+        if scale is None and reading == asked.reading:
+            scale = asked.scale
+        self.reading = find_reading(reading, scale)
+        self.pictures = asked.pictures if pictures is None else check_pictures(pictures)
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
-        self.question, self.reading = question, READINGS[reading]
+        self.question, self.draws = asked.text, draws
         self.api_key_env, self.timeout_seconds = api_key_env, timeout_seconds
         self.retries, self.concurrency = retries, concurrency
         self.missing: set[str] = set()  # keys that some row lacked
@@ -96,20 +110,37 @@ class Judge:
         try:
             question = self.question.format(prompt=item.prompt, row=item.row)
         except KeyError as error:
-            self._tell_missing(error.args[0])
+            self._tell_missing(error.args[0], "the question names")
             return None, ""
-        body = json.dumps(self._request(question, item.image)).encode()
+        shown = {kind: pictures_of(item, kind) for kind in self.pictures}
+        for kind, pictures in shown.items():
+            if not pictures:
+                self._tell_missing(ROW_KEYS[kind], "`pictures` asks for")
+                return None, ""
+        body = json.dumps(self._request(question, shown)).encode()
         try:
-            return self.reading.read(await self._post(client, body)), ""
+            return self._read(await self._post(client, body)), ""
         except (Unscored, Failure) as error:
             return float("nan"), str(error)
 
-    def _tell_missing(self, key: str) -> None:
+    def _read(self, answer: Any) -> float:
+        """The mean of the draws that can be read. Raises Unscored where none can."""
+        scores, unread = [], None
+        for choice in choices(answer, self.draws):
+            try:
+                scores.append(self.reading.read(choice))
+            except Unscored as error:
+                unread = error
+        if not scores:
+            raise unread
+        return sum(scores) / len(scores)
+
+    def _tell_missing(self, key: str, who: str) -> None:
         """Once: it may be a mistake of spelling."""
         if key not in self.missing:
             self.missing.add(key)
-            told = "judge at %s does not apply to rows without %r, which the question names"
-            logger.warning(told, self.url, key)
+            told = "judge at %s does not apply to rows without %r, which %s"
+            logger.warning(told, self.url, key, who)
 
     async def _post(self, client: Client, body: bytes) -> Any:
         """The endpoint's JSON; what may pass (no connection, 429, 5xx) is tried again."""
@@ -130,23 +161,20 @@ class Judge:
                 break
         raise Unscored(reason)
 
-    def _request(self, question: str, image: Image.Image) -> dict[str, Any]:
-        return {
+    def _request(self, question: str, shown: dict[str, list[Image.Image]]) -> dict[str, Any]:
+        order = order_told({kind: len(pictures) for kind, pictures in shown.items()})
+        text = f"{order}{question}\n{self.reading.instruction}"
+        urls = [data_url(picture) for pictures in shown.values() for picture in pictures]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        request = {
             "model": self.model,
-            "temperature": 0,
-            "max_tokens": 8,
-            "logprobs": True,
-            "top_logprobs": 20,  # the most that OpenAI and vLLM allow
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": data_url(image)}},
-                        {"type": "text", "text": f"{question}\n{self.reading.instruction}"},
-                    ],
-                }
-            ],
+            "temperature": TEMPERATURE if self.draws > 1 else 0,
+            "max_tokens": self.reading.max_tokens,
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
         }
+        if self.reading.logprobs:  # 20: the most that OpenAI and vLLM allow
+            request |= {"logprobs": True, "top_logprobs": 20}
+        return request | ({"n": self.draws} if self.draws > 1 else {})
 
     def _headers(self) -> dict[str, str]:
         if self.api_key_env is None:
@@ -169,14 +197,3 @@ def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _check_question(question: str) -> None:
-    advice = "it may name {prompt} and {row[KEY]}; write {{ and }} for braces"
-    try:
-        fields = [f for f in Formatter().parse(question) if f[1] is not None]
-    except ValueError as error:
-        raise UserError(f"judge question {question!r}: {error}: {advice}") from error
-    for _, name, spec, conversion in fields:
-        if spec or conversion or not _FIELD.fullmatch(name):
-            raise UserError(f"judge question {question!r} names {name!r}: {advice}")

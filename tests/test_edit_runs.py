@@ -1,11 +1,11 @@
 """Rows that edit: what is checked before a run, training of both stages, evaluation, generation."""
 
+import base64
 import io
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,9 +15,7 @@ from duet.configs.row import Row
 from duet.configs.rows import load_rows
 from duet.inference import decoder, generate, prompt
 from duet.inference.engine import Engine
-from duet.inference.layout import Positions, Size
-from duet.inference.outline import read_outline
-from duet.inference.prompt_check import check_prompts
+from duet.inference.layout import Positions
 from duet.inference.request import Request
 from duet.rewards.base import RewardInput
 from duet.rewards.service.wire import encode_request
@@ -231,120 +229,6 @@ def test_generate_refuses_before_weights_are_read(arguments, message, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def saved(picture: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def turned() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif
-
-
-SIXTEEN = Image.fromarray(np.asarray(CLEAN.convert("L")).astype(np.uint16) * 257)
-CLEAR = Image.new("RGBA", (96, 64), (255, 0, 0, 0))
-FILES = {
-    "card.png": saved(CLEAN, "PNG"),
-    "text.png": b"a letter, and no picture",
-    "empty.png": b"",
-    "cut.jpg": saved(CLEAN, "JPEG")[:700],
-    "dot.png": saved(Image.new("RGB", (1, 1)), "PNG"),
-    "line.png": saved(Image.new("RGB", (10_000, 10)), "PNG"),
-    "float.tiff": saved(Image.new("F", (96, 64)), "TIFF"),
-    "large.png": saved(Image.new("RGB", (1024, 1024)), "PNG"),
-    "moving.gif": saved(CLEAN, "GIF", save_all=True, append_images=[Image.new("RGB", CLEAN.size)]),
-    "inks.jpg": saved(CLEAN.convert("CMYK"), "JPEG"),
-    "deep.png": saved(SIXTEEN, "PNG"),
-    "clear.png": saved(CLEAR.quantize(4), "PNG"),
-    "lying.jpg": saved(CLEAN, "JPEG", exif=turned()),
-    "bits.png": saved(CLEAN.convert("1"), "PNG"),
-    "thin.webp": saved(CLEAN.resize((40, 17)), "WEBP"),
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("sources")
-    for name, content in FILES.items():
-        (made / name).write_bytes(content)
-    (made / "folder.png").mkdir()
-    (made / "dangling.png").symlink_to(made / "gone.png")
-    return made
-
-
-@pytest.fixture(scope="module")
-def outline():
-    return read_outline(str(MODEL))
-
-
-BAD = {
-    "a missing file": ({"sources": ["gone.png"]}, "sources[0] '{folder}/gone.png' does not exist"),
-    "a directory": ({"sources": ["folder.png"]}, "is no file"),
-    "a dangling link": ({"source": "dangling.png"}, "source '{folder}/dangling.png' does not exist"),
-    "a URL": ({"sources": ["https://a.b/c.png"]}, "https:/a.b/c.png' does not exist, or is no file"),
-    "text named .png": ({"sources": ["card.png", "text.png"]}, "sources[1]: picture '{folder}/text.png' cannot be read: it is none of PNG"),
-    "no bytes": ({"sources": ["empty.png"]}, "cannot be read"),
-    "a cut JPEG": ({"sources": ["cut.jpg"]}, "cut.jpg' cannot be read: "),
-    "no known range": ({"sources": ["float.tiff"]}, "mode F has no known range"),
-    "one pixel": ({"sources": ["dot.png"]}, "sources[0]: a source of 1 x 1 pixels: allowed are sides of at least 16 pixels"),
-    "a line": ({"sources": ["line.png"]}, "a source of 10000 x 10 pixels: allowed are"),
-    "a number": ({"sources": ["card.png", 3]}, "sources[1] = 3 must be a picture or its path"),
-    "a null": ({"sources": [None]}, "sources[0] = None must be a picture"),
-    "an empty name": ({"sources": [""]}, "sources[0] = '' must be a picture"),
-    "a list in the list": ({"sources": [["card.png"]]}, "sources[0] = ['card.png'] must be a picture"),
-    "an empty list": ({"sources": []}, "sources = [] must be a list of pictures"),
-    "a name and no list": ({"sources": "card.png"}, "sources = 'card.png' must be a list"),
-    "an object": ({"sources": {"a": "card.png"}}, "must be a list of pictures"),
-    "a list as one": ({"source": ["card.png"]}, "source = ['card.png'] must be a picture"),
-    "both": ({"source": "card.png", "sources": ["card.png"]}, "has both source and sources"),
-    "a NUL in a name": ({"sources": ["a\0.png"]}, "does not exist"),
-    "no room": ({"sources": ["large.png"] * 3}, "its 3 sources and its picture are 3078 tokens, of the 2048"),
-    "a control token": ({"sources": ["card.png"], "prompt": "on <|image|>"}, "the prompt holds '<|image|>'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_source_is_one_clear_line(folder, outline, tmp_path, name):
-    row, message = BAD[name]
-    path = folder / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a card"}) + "\n" + json.dumps({"prompt": "x"} | row))
-    before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    with pytest.raises(UserError) as caught:
-        check_prompts(outline, load_rows(path), SIZE)
-    told = str(caught.value)
-    assert told.startswith(f"{path}:2") and len(told.splitlines()) == 1
-    assert message.format(folder=folder) in told
-    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
-
-
-SERVED = {
-    "an animation": (["moving.gif"], [Size(64, 96)]),
-    "CMYK": (["inks.jpg"], [Size(64, 96)]),
-    "16 bits": (["deep.png"], [Size(64, 96)]),
-    "a palette with transparency": (["clear.png"], [Size(64, 96)]),
-    "EXIF": (["lying.jpg"], [Size(96, 64)]),
-    "bits": (["bits.png"], [Size(64, 96)]),
-    "17 pixels high": (["thin.webp"], [Size(32, 64)]),
-    "five": (["card.png"] * 4 + ["lying.jpg"], [Size(64, 96)] * 4 + [Size(96, 64)]),
-}
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_any_other_source_is_served_as_a_viewer_shows_it(folder, outline, engine, name):
-    names, sizes = SERVED[name]
-    path = folder / "served.jsonl"
-    path.write_text(json.dumps({"prompt": "x", "sources": names}))
-    rows = load_rows(path)
-    check_prompts(outline, rows, SIZE)
-    ready = engine.ready(Request("x", (1,), SIZE, rows[0].sources))
-    assert [(p.mode, Size(p.height, p.width)) for p in ready.sources] == [("RGB", s) for s in sizes]
-    assert [len(t) for t in ready.source_tokens] == [size.grid.count for size in sizes]
-    if name == "a palette with transparency":
-        assert ready.sources[0].getpixel((5, 5)) == (255, 255, 255)
-
-
 def test_pictures_that_a_dataset_holds_are_sources(tmp_path, engine):
     """Lists of pictures, as `datasets` keeps them in parquet and in a saved one."""
     datasets = pytest.importorskip("datasets")
@@ -361,10 +245,14 @@ def test_pictures_that_a_dataset_holds_are_sources(tmp_path, engine):
         assert [picture.size for picture in ready.sources] == [(96, 64), (64, 64)]
 
 
-def test_a_remote_reward_is_sent_no_path_and_no_bytes_of_a_source():
-    row = {"prompt": "x", "sources": [b"bytes", "/home/me/a.png"], "source_prompt": "y"}
+def test_a_remote_reward_is_sent_pictures_and_no_path_of_a_source(data):
+    sources = [(data / "card.png").read_bytes(), str(data / "other.png")]
+    row = {"prompt": "x", "sources": sources, "source_prompt": "y"}
     [sample] = json.loads(encode_request([RewardInput(CLEAN, "x", row)], "png"))["samples"]
     assert sample["row"] == {"prompt": "x", "source_prompt": "y"}
+    shown = [Image.open(io.BytesIO(base64.b64decode(text))) for text in sample["sources"]]
+    assert [picture.size for picture in shown] == [(96, 64), (96, 74)]
+    assert str(data) not in json.dumps(sample)
 
 
 def test_one_source_and_a_list_of_one_are_alike():

@@ -1,13 +1,9 @@
 """The judge reward against a real HTTP server that answers as an OpenAI-compatible one does."""
 
-import base64
-import io
-import json
 import logging
 import math
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -18,64 +14,17 @@ from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.registry import load_reward, load_rewards
 from tests.bad_server import HEAD, bad_server, drip, endless, nobody
+from tests.judge_endpoint import Endpoint, completion, shown
 
 PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
 QUESTION = "Does the picture show {prompt} with {row[text]}?"
 
 
-def completion(text, *positions):
-    """A chat completion; each position is a dict of token to probability."""
-    content = [
-        {"top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in position.items()]}
-        for position in positions
-    ]
-    return {
-        "choices": [
-            {"message": {"content": text}, "logprobs": {"content": content} if positions else None}
-        ]
-    }
-
-
-class Endpoint:
-    """Serves what `replies` says, in order, the last one for ever (it may be made of the body); keeps the requests."""
-
-    def __init__(self):
-        endpoint = self
-        self.replies, self.requests, self.lock = [], [], threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with endpoint.lock:
-                    endpoint.requests.append((self.path, dict(self.headers), body))
-                    reply = (
-                        endpoint.replies.pop(0)
-                        if len(endpoint.replies) > 1
-                        else endpoint.replies[0]
-                    )
-                reply = reply(body) if callable(reply) else reply
-                status, answer = reply if isinstance(reply, tuple) else (200, reply)
-                data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setattr("duet.rewards.judge.PAUSE_SECONDS", 0)
-    served = Endpoint()
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
+    with Endpoint() as served:
+        yield served
 
 
 def judge(endpoint, **args):
@@ -97,10 +46,7 @@ def test_the_request_carries_the_question_and_the_picture(endpoint, monkeypatch)
     assert body["model"] == "m" and body["logprobs"] and body["temperature"] == 0
     image, text = body["messages"][0]["content"]
     assert text["text"].startswith("Does the picture show a card with CAT?")
-    kind, _, data = image["image_url"]["url"].partition(",")
-    assert kind == "data:image/png;base64"
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    assert (shown == np.asarray(PICTURE)).all()
+    assert (np.asarray(shown(image)) == np.asarray(PICTURE)).all()
 
 
 @pytest.mark.parametrize(
@@ -234,7 +180,7 @@ def test_an_answer_is_bounded_in_time_and_size(endpoint, caplog, answer, reason)
         ({"question": "{}"}, "names ''"),
         ({"question": "{prompt:{x}}"}, "names"),
         ({"question": "100 } of it"}, "Single '}'"),
-        ({"reading": "stars"}, "judge reading 'stars': allowed are yes_no, scale"),
+        ({"reading": "stars"}, "judge reading 'stars': allowed are yes_no, scale, reasoned"),
         ({"url": "judge.example:80"}, "judge url 'judge.example:80'"),
         ({"timeout_seconds": 0}, "judge timeout_seconds 0"),
         ({"retries": -1}, "judge retries -1"),

@@ -8,15 +8,21 @@ import sys
 import sysconfig
 import time
 import venv
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
+from PIL import Image
 
 from duet.launch.rewards import read_rewards
-from duet.rewards.registry import ENTRY_POINT_GROUP, load_reward
+from duet.rewards.base import RewardInput
+from duet.rewards.registry import ENTRY_POINT_GROUP, load_reward, load_rewards
 from tests.conftest import ROOT
+from tests.judge_endpoint import Endpoint, completion
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = ROOT / "rewards" / "COOKBOOK.md"
@@ -70,7 +76,25 @@ def start(kitchen, command: str) -> subprocess.Popen:
     )
 
 
-def test_the_cookbook_does_what_it_says(kitchen, blocks):
+@pytest.fixture
+def judge(kitchen):
+    """A judge of edits at the address of the page's config: its marks, by what it is asked."""
+    marks = {"how far has": "8", "how well has": "3", "how natural": "9"}
+
+    def answer(body):
+        *pictures, question = body["messages"][0]["content"]
+        [mark] = [m for words, m in marks.items() if words in question["text"].lower()]
+        assert len(pictures) == (1 if mark == "9" else 2)
+        return completion(mark, {mark: 1.0})
+
+    config = kitchen / "edit_judge.yaml"
+    with Endpoint() as endpoint:
+        endpoint.replies = [answer]
+        config.write_text(re.sub(r"http://[^\s\"]+", endpoint.url, config.read_text()))
+        yield endpoint
+
+
+def test_the_cookbook_does_what_it_says(kitchen, blocks, judge):
     assert "sharpness" not in {e.name for e in entry_points(group=ENTRY_POINT_GROUP)}
     servers, checked = [], 0
     try:
@@ -92,7 +116,7 @@ def test_the_cookbook_does_what_it_says(kitchen, blocks):
         for process in servers:
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate(timeout=20)
-    assert checked == 6 and len(servers) == 1
+    assert checked == 7 and len(servers) == 1
 
 
 def line_of_a_ready_server(process: subprocess.Popen, client: Path, page_port: str) -> str:
@@ -118,6 +142,30 @@ def wait_until_ready(url: str) -> None:
 
 
 def test_the_configs_that_need_a_server_can_be_built(kitchen):
-    for name in ("judge.yaml", "client.yaml"):
+    names = ("judge.yaml", "client.yaml", "edit_judge.yaml", "edit_score.yaml")
+    for name in (*names, "edit_reward_client.yaml"):
         for config in read_rewards(str(kitchen / name)):
             load_reward(config)
+
+
+def test_edit_reward_is_asked_as_its_code_is(kitchen, monkeypatch):
+    """Its package needs a GPU and is not here: a class that takes what its README gives."""
+
+    class EditRewardInferencer:
+        def __init__(self, config_path, checkpoint_path, reward_dim, rm_head_type):
+            assert config_path.endswith(".yaml") and rm_head_type == "ranknet_multi_head"
+
+        def reward(self, prompts, image_src, image_paths):
+            assert not torch.is_grad_enabled()
+            return torch.tensor([[image_src[0].width, image_paths[0].width]])
+
+    package = SimpleNamespace(EditRewardInferencer=EditRewardInferencer)
+    monkeypatch.setitem(sys.modules, "EditReward", package)
+    monkeypatch.syspath_prepend(kitchen)
+    [config] = read_rewards(str(kitchen / "edit_reward.yaml"))
+    first, second = (Image.new("RGB", size) for size in ((40, 20), (20, 40)))
+    rows = [{"sources": [second]}, {"source": second}, {"sources": [first, second]}, {}]
+    inputs = [RewardInput(first, "make it blue", row) for row in rows]
+    assert load_rewards([config])["EditReward"](inputs) == [20, 20, None, None]
+    quality = replace(config, args=config.args | {"head": 1})
+    assert load_rewards([quality])["EditReward"](inputs[:1]) == [40]

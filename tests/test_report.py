@@ -1,11 +1,14 @@
 """The report as a browser shows it, on a phone and on a desk, by day and by night."""
 
+import base64
 import html
+import io
 import json
 import random
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,8 +42,11 @@ FRAME = """<iframe style="width:{width}px; height:900px; border:0" srcdoc="{page
 }}</script>"""
 
 
-def reported(folder: Path, steps: list[dict]) -> str:
-    """The HTML of three models, five rewards of which one scored nothing, and a run's curves."""
+def reported(folder: Path, steps: list[dict], sources: Sequence[list[str]] = ()) -> str:
+    """The HTML of three models, five rewards of which one scored nothing, and a run's curves.
+
+    `sources`: of each prompt, files in the folder.
+    """
     draw = random.Random(0)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     rows = []
@@ -56,7 +62,8 @@ def reported(folder: Path, steps: list[dict]) -> str:
         metrics = {n: summarise(v, base and base[n], EvalConfig()) for n, v in scores.items()}
         checkpoints = [str(folder / "checkpoint-3")] if rows else []
         rows.append(ModelResult(model, checkpoints, images, scores, metrics))
-    return write_report(Results("decoder", 0.95, PROMPTS, rows), folder).read_text()
+    found = Results("decoder", 0.95, PROMPTS, rows, list(sources))
+    return write_report(found, folder).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,24 @@ def test_the_page_says_what_was_found(page):
     assert page.count("not scored") == 3 and "nan" not in re.sub('base64,[^"]*', "", page)
     assert "<b>" not in page and "a &lt;b&gt;bold" in page
     assert page.count("<svg") == 2, "what was never measured has no curve"
+
+
+def test_sources_stand_before_the_results_of_their_prompt(tmp_path):
+    """None, one and three of them, each the picture that it is called."""
+    sizes = [[], [(40, 30)], [(30, 40), (20, 20), (64, 16)]]
+    sources = [[f"{n}-{i}.png" for i in range(len(of))] for n, of in enumerate(sizes)]
+    for size, path in zip(sum(sizes, []), sum(sources, []), strict=True):
+        Image.new("RGB", size).save(tmp_path / path)
+    page = reported(tmp_path, [], sources)
+    cards = page.split('<div class="card">')[1:]
+    assert len(cards) == len(sizes)
+    for card, of, prompt in zip(cards, sizes, PROMPTS, strict=True):
+        assert html.unescape(card).startswith(prompt)
+        figures = re.findall(r'base64,(.*?)" alt="(.*?):.*?<figcaption>(.*?)\s*<', card, re.DOTALL)
+        names = [*(f"source {n}" for n in range(1, len(of) + 1)), *MODELS]
+        assert [caption for *_, caption in figures] == [alt for _, alt, _ in figures] == names
+        shown = [Image.open(io.BytesIO(base64.b64decode(data))).size for data, *_ in figures]
+        assert shown == [*of, *[(96, 64)] * len(MODELS)]
 
 
 @pytest.mark.parametrize("steps", [[1], [1, 2], [1, 2, 3], [250], [*range(1, 181)]], ids=len)

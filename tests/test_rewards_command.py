@@ -74,6 +74,21 @@ def test_score_prints_a_row_for_each_picture_and_a_column_for_each_reward(tmp_pa
     ]
 
 
+def test_score_takes_sources_of_a_row(tmp_path, duet, monkeypatch):
+    """Relative to the working directory, in their order."""
+    monkeypatch.chdir(tmp_path)
+    for n, name in enumerate(("a.png", "b.png", "edit.png")):
+        Image.new("RGB", (14, 7), (17 * n,) * 3).save(name)
+    edit = ["score", "edit.png", "--prompt", "swap", "--reward", "tests.sample_rewards.SeesSources"]
+    rows = (
+        '{"sources": ["a.png", "b.png"]}',
+        '{"sources": ["b.png", "a.png"]}',
+        '{"source": "b.png"}',
+    )
+    scores = [duet(*edit, "--row", row)[1].split()[-1] for row in (*rows, "{}")]
+    assert scores == ["63.0000", "61.0000", "16.0000", "n/a"]  # 14 + 7 / 7 + 17 n / 17
+
+
 def test_score_takes_the_rewards_of_a_runs_config(duet):
     status, out, _ = duet("score", *ASKED, "--config", "configs/tiny/ar.yaml", "--markdown")
     head, line, scores = out.splitlines()
@@ -97,6 +112,8 @@ MISTAKES = {
     "row is no JSON": (["score", *ASKED, "--reward", SEES, "--row", "{"], "is not JSON"),
     "row is a list": (["score", *ASKED, "--reward", SEES, "--row", "[]"], "must be an object"),
     "row's picture": (["score", *ASKED, "--reward", SEES, "--row", '{"image": "gone.png"}'], "gone.png' does not exist"),
+    "row's source": (["score", *ASKED, "--reward", SEES, "--row", f'{{"sources": ["{PICTURE}", "gone.png"]}}'], "--row: sources[1] '"),
+    "row's sources are a name": (["score", *ASKED, "--reward", SEES, "--row", f'{{"sources": "{PICTURE}"}}'], "must be a list of pictures"),
     "reward raises": (["score", *ASKED, "--reward", "tests.bad_rewards.Raises"], "raised KeyError"),
     "missing config": (["serve", "gone.yaml", "--port", "0"], "'gone.yaml' cannot be read"),
     "empty config": (["serve", "{tmp}/empty.yaml", "--port", "0"], "has no rewards"),

@@ -1,18 +1,19 @@
 """The JSON that travels between the `remote` reward and `duet rewards serve`.
 
-    POST /score/NAME  {"version": 2,
+    POST /score/NAME  {"version": 3,
                        "samples": [{"prompt": "a card", "row": {...}, "image": BASE64,
-                                    "pictures": {"source": BASE64}}]}
-    200               {"version": 2, "scores": [0.5, null, "nan"]}
+                                    "pictures": {"source": BASE64}, "sources": [BASE64]}]}
+    200               {"version": 3, "scores": [0.5, null, "nan"]}
                       null: does not apply; "nan": could not be scored
     any other status  {"error": "one line"}
 
-    GET /health       {"version": 2, "ready": true, "authorised": true,
+    GET /health       {"version": 3, "ready": true, "authorised": true,
                        "rewards": {"ocr": {"whole_groups": false}}}
                       whether weights are loaded; whether this request has the token
 
-The row's own pictures travel as the reward would see them (`RewardInput.picture`); the
-paths that named them stay at home. Version 1 told none, and had null for what was not scored.
+The row's own pictures travel as the reward would see them (`RewardInput.picture` and
+`.sources`); the paths that named them stay at home. Version 1 told none, and had null for what
+was not scored; version 2 had no sources.
 """
 
 import json
@@ -32,7 +33,7 @@ from duet.rewards.base import RewardInput
 from duet.rewards.service.http import excerpt
 from duet.rewards.service.pictures import PictureReader, WireError, encode_picture
 
-VERSION = 2
+VERSION = 3
 NOT_SCORED = "nan"
 TOKEN_ENV = "DUET_REWARDS_TOKEN"
 
@@ -60,6 +61,7 @@ def encode_request(inputs: Sequence[RewardInput], image_format: str) -> bytes:
                 "row": {k: _plain(k, v) for k, v in item.row.items() if k not in left_out},
                 "image": encode_picture(item.image, image_format),
                 "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items()},
+                "sources": [encode_picture(p, image_format) for p in item.sources()],
             }
         )
     return json.dumps({"version": VERSION, "samples": samples}).encode()
@@ -91,20 +93,26 @@ def decode_request(body: bytes, folder: Path) -> list[RewardInput]:
 
 
 def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> RewardInput:
-    kinds = {"prompt": str, "row": dict, "image": str, "pictures": dict}
+    kinds = {"prompt": str, "row": dict, "image": str, "pictures": dict, "sources": list}
     fields = _fields(sample, where, kinds)
     image = as_shown(reader.read(fields["image"], f"{where}.image")[0])
     row = dict(fields["row"])
-    for key in PICTURES:
+
+    def stored(text: Any, place: str) -> str:
+        picture, data = reader.read(text, f"{where}.{place}")
+        path = folder / f"{where}-{place}.{picture.format.lower()}"
+        path.write_bytes(data)
+        return str(path)
+
+    for key in (*PICTURES, SOURCES):
         if row.get(key):  # a path would open a file of the server
             raise WireError(f"{where}.row has {key!r}: send that picture in {where}.pictures")
     for key, text in fields["pictures"].items():
         if key not in PICTURES:
             raise WireError(f"{where}.pictures has {key!r}: allowed are {', '.join(PICTURES)}")
-        picture, data = reader.read(text, f"{where}.pictures.{key}")
-        path = folder / f"{where}-{key}.{picture.format.lower()}"
-        path.write_bytes(data)
-        row[key] = str(path)
+        row[key] = stored(text, f"pictures.{key}")
+    if fields["sources"]:
+        row[SOURCES] = [stored(t, f"{SOURCES}[{i}]") for i, t in enumerate(fields["sources"])]
     return RewardInput(image, fields["prompt"], row)
 
 
