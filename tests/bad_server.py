@@ -67,7 +67,7 @@ def reply(body: bytes = b"", status: str = "200 OK", *headers: str, length: int 
 
 
 def scores(text: str) -> Answer:
-    return reply(f'{{"version": 2, "scores": {text}}}'.encode())
+    return reply(f'{{"version": 3, "scores": {text}}}'.encode())
 
 
 def drip(data: bytes) -> Answer:
@@ -95,7 +95,7 @@ def reset(connection: socket.socket) -> None:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
-GOOD = b'{"version": 2, "scores": [0.5, 0.5]}'
+GOOD = b'{"version": 3, "scores": [0.5, 0.5]}'
 ERROR = json.dumps({"error": "no"}).encode()
 
 # what is wrong: the answer to a request for two scores, and a part of the reason to be told
@@ -112,8 +112,8 @@ BAD = {
     "not JSON": (reply(b"scores: 1, 2"), "not JSON"),
     "a list": (reply(b"[0.5, 0.5]"), "must be an object of scores"),
     "null": (reply(b"null"), "must be an object of scores"),
-    "missing key": (reply(b'{"version": 2, "score": [1, 2]}'), "must be an object of scores"),
-    "surplus key": (reply(b'{"version": 2, "scores": [1, 2], "x": 1}'), "must be an object of scores"),
+    "missing key": (reply(b'{"version": 3, "score": [1, 2]}'), "must be an object of scores"),
+    "surplus key": (reply(b'{"version": 3, "scores": [1, 2], "x": 1}'), "must be an object of scores"),
     "scores are a number": (scores("0.5"), "must be of type list"),
     "scores are an object": (scores('{"0": 1, "1": 2}'), "must be of type list"),
     "scores are a string": (scores('"ab"'), "must be of type list"),

@@ -19,8 +19,6 @@ from duet.inference.layout import Positions, Size
 from duet.inference.outline import read_outline
 from duet.inference.prompt_check import check_prompts
 from duet.inference.request import Request
-from duet.rewards.base import RewardInput
-from duet.rewards.service.wire import encode_request
 from duet.train import evaluate, gate, prior_making, update
 from duet.train.prompts import draw_groups
 from duet.train.stages import DecoderStage
@@ -359,12 +357,6 @@ def test_pictures_that_a_dataset_holds_are_sources(tmp_path, engine):
         [row] = load_rows(path)
         ready = engine.ready(Request(row.prompt, (1,), SIZE, row.sources))
         assert [picture.size for picture in ready.sources] == [(96, 64), (64, 64)]
-
-
-def test_a_remote_reward_is_sent_no_path_and_no_bytes_of_a_source():
-    row = {"prompt": "x", "sources": [b"bytes", "/home/me/a.png"], "source_prompt": "y"}
-    [sample] = json.loads(encode_request([RewardInput(CLEAN, "x", row)], "png"))["samples"]
-    assert sample["row"] == {"prompt": "x", "source_prompt": "y"}
 
 
 def test_one_source_and_a_list_of_one_are_alike():

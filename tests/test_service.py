@@ -104,11 +104,17 @@ def sample(**changes):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     image = base64.b64encode(buffer.getvalue()).decode()
-    return {"prompt": "a", "row": {"seconds": 0}, "image": image, "pictures": {}} | changes
+    return {
+        "prompt": "a",
+        "row": {"seconds": 0},
+        "image": image,
+        "pictures": {},
+        "sources": [],
+    } | changes
 
 
 def body(*samples):
-    return json.dumps({"version": 2, "samples": samples})
+    return json.dumps({"version": 3, "samples": samples})
 
 
 @pytest.mark.parametrize("name", ["alignment", "fidelity"])
@@ -146,7 +152,7 @@ def test_a_peer_of_another_version_is_told_in_one_line():
     )
     with bad_server(old) as (address, _), pytest.raises(UserError) as told:
         remote(address, "Sees", **QUICK)
-    assert "the health page is in version 1 of the wire form, and here it is 2" in str(told.value)
+    assert "the health page is in version 1 of the wire form, and here it is 3" in str(told.value)
 
 
 def test_whole_groups_stay_whole(url, inputs):
@@ -194,7 +200,7 @@ def test_a_body_over_the_bound_is_refused(url, chunked):
     answer = post(url, "Alone", pieces if chunked else large)
     assert answer.status_code == 413 and "1048576 bytes" in answer.json()["error"]
     fits = body(sample()) + " " * 2**19
-    assert post(url, "Alone", fits).json() == {"version": 2, "scores": [1]}
+    assert post(url, "Alone", fits).json() == {"version": 3, "scores": [1]}
 
 
 def black(side):
@@ -209,7 +215,7 @@ MALFORMED = {
     "binary": (lambda: bytes(range(256)), "not JSON"),
     "a list": (lambda: "[]", "the request must be an object of samples"),
     "no samples": (lambda: body(), "samples is empty"),
-    "NaN": (lambda: '{"version": 2, "samples": [NaN]}', "NaN is no JSON"),
+    "NaN": (lambda: '{"version": 3, "samples": [NaN]}', "NaN is no JSON"),
     "deeply nested": (lambda: "[" * 100_000, "not JSON"),
     "a sample is a string": (lambda: body("a"), "samples[0] must be an object of prompt"),
     "surplus field": (lambda: body(sample(), sample(x=1)), "samples[1] must be an object of"),
@@ -222,7 +228,7 @@ MALFORMED = {
     "a path of the server": (lambda: body(sample(row={"image": "/etc/passwd"})), "samples[0].row has 'image'"),
     "decompression bomb": (lambda: body(sample(image=black(20000))), "too large"),
     "many large pictures": (lambda: body(*[sample(image=black(2048))] * 20), "samples[16].image of 2048 x 2048 pixels is too much"),
-    "an old client": (lambda: '{"samples": []}', "the request is in version 1 of the wire form, and here it is 2: run the same"),
+    "an old client": (lambda: '{"samples": []}', "the request is in version 1 of the wire form, and here it is 3: run the same"),
 }  # fmt: skip
 
 
@@ -245,13 +251,13 @@ def test_a_reward_that_raises_is_one_line_and_the_server_lives_on(url, inputs, c
     assert answer.json() == {"error": "reward 'Raises' raised KeyError: 'no\\nweights'"}
     assert np.isnan(remote(url, "Raises", **QUICK)(inputs)).all()
     assert "KeyError" in caplog.text
-    assert post(url, "Alone", body(sample())).json() == {"version": 2, "scores": [1]}
+    assert post(url, "Alone", body(sample())).json() == {"version": 3, "scores": [1]}
 
 
 def test_requests_for_one_reward_queue(url):
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: post(url, "Alone", body(sample())), range(6)))
-    assert [a.json() for a in answers] == [{"version": 2, "scores": [1]}] * 6
+    assert [a.json() for a in answers] == [{"version": 3, "scores": [1]}] * 6
 
 
 def test_another_reward_need_not_wait_and_who_hung_up_is_not_scored(url):
@@ -265,9 +271,9 @@ def test_another_reward_need_not_wait_and_who_hung_up_is_not_scored(url):
             httpx.post(f"{url}/score/Waits", content=slow, headers=headers, timeout=0.1)
         assert post(url, "Alone", body(sample())).status_code == 200
         assert time.monotonic() - start < 0.7
-        assert waiting.result().json() == {"version": 2, "scores": [1]}
+        assert waiting.result().json() == {"version": 3, "scores": [1]}
         start = time.monotonic()
-        assert post(url, "Waits", body(sample())).json() == {"version": 2, "scores": [1]}
+        assert post(url, "Waits", body(sample())).json() == {"version": 3, "scores": [1]}
         assert time.monotonic() - start < 0.7
 
 

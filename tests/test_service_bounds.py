@@ -46,8 +46,8 @@ def good():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     image = base64.b64encode(buffer.getvalue()).decode()
-    sample = {"prompt": "a", "row": {}, "image": image, "pictures": {}}
-    return request(json.dumps({"version": 2, "samples": [sample]}).encode())
+    sample = {"prompt": "a", "row": {}, "image": image, "pictures": {}, "sources": []}
+    return request(json.dumps({"version": 3, "samples": [sample]}).encode())
 
 
 def answer(connection):

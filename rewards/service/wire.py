@@ -1,18 +1,21 @@
 """The JSON that travels between the `remote` reward and `duet rewards serve`.
 
-    POST /score/NAME  {"version": 2,
+    POST /score/NAME  {"version": 3,
                        "samples": [{"prompt": "a card", "row": {...}, "image": BASE64,
-                                    "pictures": {"source": BASE64}}]}
-    200               {"version": 2, "scores": [0.5, null, "nan"]}
+                                    "pictures": {"style": BASE64}, "sources": [BASE64]}]}
+    200               {"version": 3, "scores": [0.5, null, "nan"]}
                       null: does not apply; "nan": could not be scored
     any other status  {"error": "one line"}
 
-    GET /health       {"version": 2, "ready": true, "authorised": true,
+    GET /health       {"version": 3, "ready": true, "authorised": true,
                        "rewards": {"ocr": {"whole_groups": false}}}
                       whether weights are loaded; whether this request has the token
 
-The row's own pictures travel as the reward would see them (`RewardInput.picture`); the
-paths that named them stay at home. Version 1 told none, and had null for what was not scored.
+The row's own pictures travel as the reward would see them (`RewardInput.picture` and `.sources`);
+the paths that named them stay at home. `keep` travels as a mask, a `style` that is the place of a
+source as that picture, and `subjects` as boxes in the sources that are sent. The first source is
+among `pictures`, too, where the picture's size or view shows it otherwise. Version 1 told no None,
+version 2 had no sources.
 """
 
 import json
@@ -24,15 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from duet.configs.errors import UserError
 from duet.configs.pictures import as_shown
-from duet.configs.row import PICTURES, SOURCES
+from duet.configs.row import PICTURES
+from duet.configs.row_edits import SOURCE, SOURCES, SUBJECTS
 from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
 from duet.rewards.service.http import excerpt
 from duet.rewards.service.pictures import PictureReader, WireError, encode_picture
 
-VERSION = 2
+VERSION = 3
 NOT_SCORED = "nan"
 TOKEN_ENV = "DUET_REWARDS_TOKEN"
 
@@ -50,19 +56,30 @@ def read_token(variable: str) -> str | None:
 
 def encode_request(inputs: Sequence[RewardInput], image_format: str) -> bytes:
     """Raises UserError for a row with a value that JSON cannot carry."""
-    samples = []
-    for item in inputs:
-        pictures = {key: item.picture(key) for key in PICTURES if item.row.get(key)}
-        left_out = {*pictures, SOURCES}  # paths and bytes of this machine
-        samples.append(
-            {
-                "prompt": item.prompt,
-                "row": {k: _plain(k, v) for k, v in item.row.items() if k not in left_out},
-                "image": encode_picture(item.image, image_format),
-                "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items()},
-            }
-        )
+    samples = [_encode_sample(item, image_format) for item in inputs]
     return json.dumps({"version": VERSION, "samples": samples}).encode()
+
+
+def _encode_sample(item: RewardInput, image_format: str) -> dict[str, Any]:
+    pictures = {key: item.picture(key) for key in PICTURES}
+    sources = item.sources
+    if sources and _alike(sources[0], pictures[SOURCE]):
+        pictures[SOURCE] = None
+    left_out = {*PICTURES, SOURCES, SUBJECTS}  # paths and bytes of this machine
+    row = {k: _plain(k, v) for k, v in item.row.items() if k not in left_out}
+    if sources:
+        row[SUBJECTS] = [box and list(box.sides) for box in item.subjects(sources)]
+    return {
+        "prompt": item.prompt,
+        "row": row,
+        "image": encode_picture(item.image, image_format),
+        "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items() if p},
+        "sources": [encode_picture(source, image_format) for source in sources],
+    }
+
+
+def _alike(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and a.tobytes() == b.tobytes()
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -91,20 +108,26 @@ def decode_request(body: bytes, folder: Path) -> list[RewardInput]:
 
 
 def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> RewardInput:
-    kinds = {"prompt": str, "row": dict, "image": str, "pictures": dict}
+    kinds = {"prompt": str, "row": dict, "image": str, "pictures": dict, "sources": list}
     fields = _fields(sample, where, kinds)
     image = as_shown(reader.read(fields["image"], f"{where}.image")[0])
     row = dict(fields["row"])
-    for key in PICTURES:
-        if row.get(key):  # a path would open a file of the server
+    for key in (*PICTURES, SOURCES):
+        if row.get(key) is not None:  # a path would open a file of the server
             raise WireError(f"{where}.row has {key!r}: send that picture in {where}.pictures")
+
+    def stored(text: Any, name: str) -> str:
+        picture, data = reader.read(text, f"{where}.{name}")
+        path = folder / f"{where}-{name}.{picture.format.lower()}"
+        path.write_bytes(data)
+        return str(path)
+
     for key, text in fields["pictures"].items():
         if key not in PICTURES:
             raise WireError(f"{where}.pictures has {key!r}: allowed are {', '.join(PICTURES)}")
-        picture, data = reader.read(text, f"{where}.pictures.{key}")
-        path = folder / f"{where}-{key}.{picture.format.lower()}"
-        path.write_bytes(data)
-        row[key] = str(path)
+        row[key] = stored(text, f"pictures.{key}")
+    if fields["sources"]:
+        row[SOURCES] = [stored(t, f"sources[{i}]") for i, t in enumerate(fields["sources"])]
     return RewardInput(image, fields["prompt"], row)
 
 
