@@ -11,7 +11,7 @@ import torch
 from duet.rewards.base import RewardInput
 from duet.rewards.clip import ClipReward, batches
 
-_LEAST = 0.1  # length of a move between embeddings of length 1 that counts in full
+_LEAST = 0.1  # length of a move that counts in full: between embeddings of cosine 0.995
 _SAME = 1e-4  # length below which two prompts are one
 
 

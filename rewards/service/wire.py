@@ -22,7 +22,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from typing import Any
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.pictures import as_shown
+from duet.configs.pictures import as_shown, shown_size
+from duet.configs.regions import read_box
 from duet.configs.row import PICTURES
 from duet.configs.row_edits import SOURCE, SOURCES, SUBJECTS
 from duet.rewards.answers import Answer
@@ -128,7 +129,20 @@ def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> Rew
         row[key] = stored(text, f"pictures.{key}")
     if fields["sources"]:
         row[SOURCES] = [stored(t, f"sources[{i}]") for i, t in enumerate(fields["sources"])]
+        _require_subjects(row, f"{where}.row.{SUBJECTS}")
     return RewardInput(image, fields["prompt"], row)
+
+
+def _require_subjects(row: Mapping[str, Any], where: str) -> None:
+    boxes, sources = row.get(SUBJECTS), row[SOURCES]
+    if not isinstance(boxes, list) or len(boxes) != len(sources):
+        raise WireError(f"{where} must be a list of one box or null for each of the sources")
+    for i, (box, source) in enumerate(zip(boxes, sources, strict=True)):
+        try:
+            if box is not None:
+                read_box(f"{where}[{i}]", box, shown_size(source))
+        except UserError as error:
+            raise WireError(str(error)) from error
 
 
 def encode_scores(scores: Sequence[Answer]) -> dict[str, Any]:
