@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.pictures import Stored, read_picture, shown_size
+from duet.configs.pictures import Stored, is_see_through, read_picture, shown_size
 from duet.configs.regions import WHITE, Box, black_and_white, mask_of_boxes, read_box
 from duet.configs.setting import shown
 
@@ -109,6 +109,11 @@ def _check_keep(keep: Any, size: _Size) -> None:
             raise UserError(
                 f"{KEEP} has {mask.width} x {mask.height} pixels and the first source {size[0]} x "
                 f"{size[1]}: a mask has the first source's size"
+            )
+        if is_see_through(keep):
+            raise UserError(
+                f"{KEEP} is a mask with transparent pixels, of which nobody knows whether they "
+                "must stay: save it in black and white, white what must stay"
             )
         if mask.getextrema()[1] < WHITE:
             raise UserError(f"{KEEP} is a mask without white, which is what must stay")

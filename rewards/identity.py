@@ -32,7 +32,7 @@ class Identity(ClipReward):
     Likeness is the mean of two cosines of subject and window: of the embeddings, and of the
     features of every stage patch by patch. The search begins at windows of the subject's own size,
     half a window apart, and where its colours fit best in five sizes (`fitting`); it goes on around
-    the best two in ever smaller steps of place and size. That is about a hundred and forty windows
+    the best two in ever smaller steps of place and size. That is about a hundred and fifty windows
     a subject that takes a tenth of the picture. It does not apply without sources. `view: high`
     looks for the whole subject in each quarter of the picture.
     """

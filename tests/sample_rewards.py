@@ -33,6 +33,19 @@ class HasSource:
         return [None if i.picture("source") is None else 1.0 for i in inputs]
 
 
+class SeesEdit:
+    """All that a reward can read of an edit, as one number."""
+
+    def __call__(self, inputs):
+        return [self.number(i) for i in inputs]
+
+    def number(self, item):
+        sources = item.sources
+        pictures = [*(item.picture(key) for key in ("source", "style", "keep")), *sources]
+        sides = [side for box in item.subjects(sources) for side in box.sides]
+        return sum(np.mean(p) / (n + 2) for n, p in enumerate(pictures)) + np.dot(sides, sides)
+
+
 class Seldom:
     """Applies to a quarter of every batch."""
 

@@ -31,6 +31,8 @@ FILES = {
     "small.png": MASK.resize((48, 32)),
     "black.png": Image.new("L", CLEAN.size),
     "ones.png": MASK.point(lambda value: value // 255),
+    "clear.png": Image.merge("RGBA", (MASK,) * 4),
+    "opaque.png": MASK.convert("RGBA"),
     "wide.png": Image.new("RGB", (240, 80), "white"),
 }
 
@@ -58,6 +60,7 @@ BAD = {
     "missing mask": (ONE | {"keep": "gone.png"}, "keep '{folder}/gone.png' does not exist, or is no file"),
     "black mask": (ONE | {"keep": "black.png"}, "keep is a mask without white, which is what must stay"),
     "mask of ones": (ONE | {"keep": "ones.png"}, "keep is a mask without white"),
+    "clear mask": (ONE | {"keep": "clear.png"}, "keep is a mask with transparent pixels"),
     "keep without sources": ({"keep": "mask.png"}, "keep speaks of sources and the row has none"),
     "keep of an image alone": ({"image": "card.png", "keep": [[0, 0, 9, 9]]}, "keep speaks of sources"),
     "no boxes": (ONE | {"keep": []}, "keep = [] must be a mask picture or its path, or a list of boxes"),
@@ -109,6 +112,7 @@ GOOD = (
     TWO | {"keep": [[0, 0, 96, 64], [3, 3, 4, 4]], "subjects": [None, [0, 0, 130, 100]]},
     ONE | {"style": "wide.png", "source_prompt": "a", "target_prompt": "b"},
     {"style": "card.png", "keep": None, "subjects": None},
+    ONE | {"keep": "opaque.png"},
 )
 
 
@@ -119,6 +123,7 @@ def test_a_good_row_of_each_kind_is_taken(folder):
     assert np.asarray(rows[1].picture("keep")).min() == 255
     assert rows[2].picture("style").size == (240, 80)
     assert rows[3].picture("keep") is None and rows[3].sources == ()
+    assert rows[4].picture("keep").tobytes() == MASK.tobytes()
 
 
 def test_pictures_of_edits_may_be_the_datasets_own(folder):

@@ -68,7 +68,7 @@ def serving(folder, *rewards, token=None, options=()):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A server of everything, with a token and a bound of 1 MiB."""
-    light = ("Sees", "HasSource", "Rank", "Alone", "Waits")
+    light = ("Sees", "SeesEdit", "HasSource", "Rank", "Alone", "Waits")
     rewards = [{"name": "alignment", **TOWER}, {"name": "fidelity", **TOWER}]
     rewards += [{"name": SAMPLES + name} for name in light]
     rewards += [{"name": "tests.bad_rewards.Raises"}]
@@ -138,6 +138,20 @@ def test_none_travels_and_a_source_picture_too(url, inputs, caplog):
     scores = remote(url, "HasSource")([*edits, inputs[2]])
     assert scores == [1, 1, None]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("view", ["full", "low", "high"])
+def test_an_edits_sources_masks_and_boxes_travel(url, inputs, view):
+    """Of whatever shape, and with the style named among them."""
+    wide = Image.new("RGB", (240, 80), "teal")
+    more = {"keep": [[3, 3, 60, 40]], "style": 0, "subjects": [[9, 9, 99, 70], [0, 0, 20, 30]]}
+    edits = [
+        replace(i, row={"prompt": "x", "sources": [wide, i.image], **more}) for i in inputs[:2]
+    ]
+    local = load_reward(RewardConfig(SAMPLES + "SeesEdit", view=view))(edits)
+    args = {"url": url, "reward": "SeesEdit"}
+    assert load_reward(RewardConfig("remote", args=args, view=view))(edits) == local
+    assert len(set(local)) == 2
 
 
 def test_what_failed_and_what_does_not_apply_travel_apart():
