@@ -108,7 +108,11 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
             )
         for each in texts:
             _check_characters(row, "text", each)
-    shape = (width, height) if width and height else None
+    _check_pictures(row, (width, height) if width and height else None)
+
+
+def _check_pictures(row: Row, shape: tuple[int, int] | None) -> None:
+    """And what speaks of parts of them."""
     if SOURCES in row:
         _check_sources(row)
     sizes = []
