@@ -120,7 +120,7 @@ BAD = {
     "too few": (scores("[0.5]"), "1 scores for 2 samples"),
     "too many": (scores("[0.5, 0.5, 0.5]"), "3 scores for 2 samples"),
     "none": (scores("[]"), "0 scores for 2 samples"),
-    "an old server": (reply(b'{"scores": [1, null]}'), "version 1 of the wire form, and here it is 2: run the same"),
+    "an old server": (reply(b'{"scores": [1, null]}'), "version 1 of the wire form, and here it is 3: run the same"),
     "strings": (scores('["0.5", "0.5"]'), "'0.5' is no score"),
     "booleans": (scores("[true, false]"), "'True' is no score"),
     "NaN": (scores("[0.5, NaN]"), "NaN is no JSON"),
