@@ -1,6 +1,7 @@
 """Style: the statistics of a picture's features, wherever in it they stand.
 
-Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks", CVPR 2016.
+Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks", CVPR 2016; in
+grey, as in Gatys et al., "Preserving Color in Neural Artistic Style Transfer", arXiv 1606.05897.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ class Style(ClipReward):
     the Gram matrix of the features of every stage of the image tower: which occur together, not
     where. The score is the mean over stages of 1 - |A - B| / (|A| + |B|), in Frobenius's norm.
     Features are of length 1 at each place, so that no stage counts for its size, and a picture
-    counts together with its mirror image. Colours are part of a style.
+    counts together with its mirror image. Half of the score is that of the pictures in grey:
+    colours are part of a style, but what is drawn has colours of its own.
 
     It does not apply to a row without `style`.
     """
@@ -37,10 +39,13 @@ class Style(ClipReward):
         return torch.stack(stages).mean(0).tolist()
 
     def _grams(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """[B, C, C] of every stage."""
-        mirrored = [ImageOps.mirror(picture) for picture in pictures]
-        both = zip(self.clip.stages(pictures), self.clip.stages(mirrored), strict=True)
-        return [(gram(a) + gram(b)) / 2 for a, b in both]
+        """[B, C, C] of every stage in colour, then of every stage in grey."""
+        grams = []
+        for seen in (pictures, [picture.convert("L") for picture in pictures]):
+            mirrored = [ImageOps.mirror(picture) for picture in seen]
+            both = zip(self.clip.stages(seen), self.clip.stages(mirrored), strict=True)
+            grams += [(gram(a) + gram(b)) / 2 for a, b in both]
+        return grams
 
 
 def gram(features: Tensor) -> Tensor:
