@@ -33,6 +33,11 @@ def shown_size(stored: Stored) -> tuple[int, int]:
     return _look(stored, _turned_size)
 
 
+def is_see_through(stored: Stored) -> bool:
+    """Whether any pixel is transparent, be it in part. Raises as `read_picture` does."""
+    return _look(stored, _has_clear_pixels)
+
+
 def _look(stored: Stored, at: Callable[[Image.Image], T]) -> T:
     name = _name(stored)
     try:
@@ -76,6 +81,12 @@ def _turned_size(picture: Image.Image) -> tuple[int, int]:
     width, height = picture.size
     lying = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (height, width) if lying else (width, height)
+
+
+def _has_clear_pixels(picture: Image.Image) -> bool:
+    if not picture.has_transparency_data:
+        return False
+    return picture.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:

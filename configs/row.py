@@ -11,10 +11,21 @@ from PIL import Image
 
 from duet.configs.errors import UserError
 from duet.configs.pictures import Stored, is_cropped, read_picture
+from duet.configs.row_edits import (
+    KEEP,
+    SOURCE,
+    SOURCES,
+    STYLE,
+    check_edit,
+    is_stored,
+    kept_of,
+    sources_of,
+    stored_picture,
+)
 from duet.configs.setting import shown
 
-PICTURES = ("image", "source")  # the wanted picture; what an edit starts from
-SOURCES = "sources"  # several of the latter, in order
+# columns of one picture; a `style` may be a number and `keep` boxes instead
+PICTURES = ("image", SOURCE, STYLE, KEEP)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _LONGEST_PATH = 4096  # characters; what is longer is a picture in base64
 
@@ -48,15 +59,11 @@ class Row(Mapping[str, Any]):
         return sources_of(self.columns)
 
     def picture(self, key: str) -> Image.Image | None:
-        """As a viewer shows it; None where the row has none."""
-        return read_picture(self.columns[key]) if key in self.columns else None
-
-
-def sources_of(columns: Mapping[str, Any]) -> tuple[Stored, ...]:
-    """A row's sources in order, whether it has a list of them or one."""
-    if SOURCES in columns:
-        return tuple(columns[SOURCES])
-    return (columns["source"],) if "source" in columns else ()
+        """As a viewer shows it, of `keep` the mask in black and white; None where there is none."""
+        if key == KEEP:
+            return kept_of(self.columns)
+        stored = stored_picture(self.columns, key)
+        return None if stored is None else read_picture(stored)
 
 
 def make_row(record: Mapping[str, Any], where: str, folder: Path, renamed: Mapping) -> Row:
@@ -87,7 +94,8 @@ def _stored(value: Any, folder: Path) -> Any:
 def check_row(row: Row, width: int | None = None, height: int | None = None) -> None:
     """Raises UserError with the row's place for a column that no run can use.
 
-    Its pictures are decoded; with width and height they must have that shape.
+    Its pictures are decoded. With width and height, those of which a reward takes the centre must
+    have that shape: all but the further sources, which are always whole.
     """
     prompt = row.get("prompt")
     if not _is_text(prompt):
@@ -106,13 +114,27 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
             )
         for each in texts:
             _check_characters(row, "text", each)
-    for key in PICTURES:
-        if key in row:
-            _check_picture(row, key, row[key], width, height)
+    _check_pictures(row, (width, height) if width and height else None)
+
+
+def _check_pictures(row: Row, shape: tuple[int, int] | None) -> None:
+    """And what speaks of parts of them."""
     if SOURCES in row:
         _check_sources(row)
-        for i, stored in enumerate(row[SOURCES]):
-            _check_picture(row, f"{SOURCES}[{i}]", stored, width, height)
+    sizes = []
+    for i, stored in enumerate(row.sources):
+        compared = i == 0 or row.get(STYLE) == i
+        key = f"{SOURCES}[{i}]" if SOURCES in row else SOURCE
+        sizes.append(_check_picture(row, key, stored, shape if compared else None))
+    if "image" in row:
+        _check_picture(row, "image", row["image"], shape)
+    for key in (STYLE, KEEP):
+        if key in row and is_stored(row[key]):  # no number, no boxes
+            _check_picture(row, key, row[key], shape)
+    try:
+        check_edit(row, sizes)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
 
 
 def _check_sources(row: Row) -> None:
@@ -126,8 +148,11 @@ def _check_sources(row: Row) -> None:
         raise UserError(f"{row.where} has both source and {SOURCES}: put all into {SOURCES}")
 
 
-def _check_picture(row: Row, key: str, stored: Any, width: int | None, height: int | None) -> None:
-    if not isinstance(stored, str | bytes | Image.Image) or stored == "":
+def _check_picture(
+    row: Row, key: str, stored: Any, shape: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Its width and height as a viewer shows it."""
+    if not is_stored(stored) or stored == "":
         raise UserError(f"{row.where}: {key} = {shown(stored)} must be a picture or its path")
     if isinstance(stored, str) and _URL.match(stored):
         raise UserError(
@@ -140,11 +165,12 @@ def _check_picture(row: Row, key: str, stored: Any, width: int | None, height: i
         picture = read_picture(stored)
     except UserError as error:
         raise UserError(f"{row.where}: {key}: {error}") from error
-    if width and height and is_cropped(picture, width, height):
+    if shape and is_cropped(picture, *shape):
         raise UserError(
             f"{row.where}: {key} has {picture.width} x {picture.height} pixels, another shape "
-            f"than the run's {width} x {height}: data.fit = 'crop' takes its centre"
+            f"than the run's {shape[0]} x {shape[1]}: data.fit = 'crop' takes its centre"
         )
+    return picture.size
 
 
 def _is_text(value: Any) -> bool:

@@ -14,9 +14,12 @@ from typing import Any, Protocol
 from PIL import Image
 
 from duet.configs.errors import UserError
-from duet.configs.pictures import fit, read_picture
-from duet.configs.row import sources_of
+from duet.configs.pictures import fit, read_picture, shown_size
+from duet.configs.regions import WHITE, Box, black_and_white
+from duet.configs.row_edits import KEEP, kept_of, sources_of, stored_picture, subjects_of
 from duet.rewards.answers import Answer, BadAnswer, read_answers, require_apart
+
+_MOST_SOURCE_PIXELS = 2**21  # more than any tower sees; a remote reward is sent them all
 
 
 def _whole(image: Image.Image) -> Image.Image:
@@ -32,16 +35,53 @@ class RewardInput:
     row: Mapping[str, Any]
     look: Callable[[Image.Image], Image.Image] = _whole  # how the view shows a picture
     size: tuple[int, int] | None = None  # width and height in pixels before the view
+    scale: Callable[[Image.Image], Image.Image] = _whole  # the view's resolution, nothing cut off
 
     def picture(self, key: str) -> Image.Image | None:
-        """The row's picture of that key (`image`, `source`), brought to this image's size and view.
+        """The row's picture of that key, brought to this image's size and view: `image`, `source`
+        (the first of the sources), `style`, `keep` (in mode L: white what must stay of the source).
 
         Of another shape its centre is taken. None where the row has none.
         """
-        stored = self.row.get(key)
-        if stored is None:
-            return None
-        return self.look(fit(read_picture(stored), *(self.size or self.image.size)))
+        size = self.size or self.image.size
+        if key == KEEP:
+            mask = kept_of(self.row)
+            return mask and _all_white(self.look(black_and_white(fit(mask, *size))))
+        stored = stored_picture(self.row, key)
+        return None if stored is None else self.look(fit(read_picture(stored), *size))
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Width and height of the whole picture at the view's resolution."""
+        return self.scale(Image.new("1", self.size or self.image.size)).size
+
+    @property
+    def sources(self) -> list[Image.Image]:
+        """Whole, each in its own shape, at the view's resolution; large ones are made smaller."""
+        return [self.scale(_bounded(read_picture(stored))) for stored in sources_of(self.row)]
+
+    def subjects(self, sources: Sequence[Image.Image]) -> list[Box | None]:
+        """A box in each of `self.sources`; None: nothing of that source is carried over."""
+        own = [shown_size(stored) for stored in sources_of(self.row)]
+        boxes = subjects_of(self.row, own)
+        return [
+            box and box.resized(size, source.size)
+            for box, size, source in zip(boxes, own, sources, strict=True)
+        ]
+
+
+def _all_white(mask: Image.Image) -> Image.Image:
+    """A pixel in which the view has mixed what must stay with what may change may change."""
+    return mask.point(lambda value: WHITE if value == WHITE else 0)
+
+
+def _bounded(picture: Image.Image) -> Image.Image:
+    """Of at most `_MOST_SOURCE_PIXELS`, in the same proportions."""
+    factor = (_MOST_SOURCE_PIXELS / (picture.width * picture.height)) ** 0.5
+    if factor >= 1:
+        return picture
+    sides = (max(1, int(side * factor)) for side in picture.size)
+    return picture.resize(tuple(sides), Image.Resampling.LANCZOS)
 
     def sources(self) -> list[Image.Image]:
         """The row's sources in order, whole and of any shape; none where it has none.

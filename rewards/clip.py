@@ -78,6 +78,15 @@ class Clip:
         )
         return [F.normalize(f.float(), dim=1) for f in output["image_intermediates"]]
 
+    @torch.no_grad()
+    def embeddings_and_stages(self, images: Sequence[Image.Image]) -> tuple[Tensor, list[Tensor]]:
+        """What `embed_images` and `stages` give, by one forward."""
+        output = self.tower.model.visual.forward_intermediates(
+            self.pixels(images), output_fmt="NCHW"
+        )
+        stages = [F.normalize(f.float(), dim=1) for f in output["image_intermediates"]]
+        return F.normalize(output["image_features"].float(), dim=-1), stages
+
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """[B, 3, S, S] as the tower wants them."""
         tower = self.tower

@@ -106,9 +106,16 @@ def pictures_of(item: RewardInput, kind: str) -> list[Image.Image]:
     if kind == "image":
         return [item.image]
     if kind == "sources":
-        return item.sources()
+        longest = max(item.size or item.image.size)
+        return [_at_most(source, longest) for source in item.sources]
     wanted = item.picture(ROW_KEYS[kind])
     return [] if wanted is None else [wanted]
+
+
+def _at_most(picture: Image.Image, longest: int) -> Image.Image:
+    """A judge reads no more of a source than of what is judged."""
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return picture
 
 
 def order_told(counts: dict[str, int]) -> str:

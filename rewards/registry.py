@@ -19,14 +19,17 @@ BUILT_IN = {
     "alignment": "duet.rewards.alignment.Alignment",
     "brisque": "duet.rewards.brisque.Brisque",
     "diversity": "duet.rewards.diversity.Diversity",
+    "edit_direction": "duet.rewards.edit_direction.EditDirection",
     "fidelity": "duet.rewards.fidelity.Fidelity",
     "hpsv2": "duet.rewards.hpsv2.HpsV2",
+    "identity": "duet.rewards.identity.Identity",
     "judge": "duet.rewards.judge.Judge",
     "ocr": "duet.rewards.ocr.Ocr",
     "pickscore": "duet.rewards.pickscore.PickScore",
     "pyiqa": "duet.rewards.pyiqa.PyIqa",
     "remote": "duet.rewards.service.remote.Remote",
     "source_consistency": "duet.rewards.source_consistency.SourceConsistency",
+    "style": "duet.rewards.style.Style",
 }
 
 

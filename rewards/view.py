@@ -34,6 +34,7 @@ VIEWS: dict[str, tuple[Callable[[Image.Image], Image.Image], ...]] = {
     "low": (low,),
     "high": tuple(partial(crop, column=c, row=r) for r in (0, 1) for c in (0, 1)),
 }
+_SCALES = {"low": low}  # what is shown whole has the resolution of the looks
 
 
 class Viewed:
@@ -41,6 +42,7 @@ class Viewed:
 
     def __init__(self, reward: Reward, view: str) -> None:
         self.reward, self.looks = reward, VIEWS[view]
+        self.own = {"scale": _SCALES[view]} if view in _SCALES else {}
 
     def __getattr__(self, name: str) -> Any:
         """What is optional in a reward is the viewed one's: `load`, `whole_groups`, `to`, ..."""
@@ -50,7 +52,7 @@ class Viewed:
         answers = []
         for look in self.looks:
             seen = [
-                replace(i, image=look(i.image), look=look, size=i.image.size)
+                replace(i, image=look(i.image), look=look, size=i.image.size, **self.own)
                 for i in own_copies(inputs)
             ]
             answers.append(read_answers(self.reward(seen), len(inputs)))

@@ -37,11 +37,24 @@ class SeesSources:
     """Sizes and pixels of the row's sources, one after the other, as one number."""
 
     def __call__(self, inputs):
-        return [self.score(i.sources()) if i.sources() else None for i in inputs]
+        return [self.score(i.sources) if i.sources else None for i in inputs]
 
     def score(self, pictures):
         seen = [p.width + p.height / 7 + np.mean(p) / 17 for p in pictures]
         return sum(value * 3**n for n, value in enumerate(seen))
+
+
+class SeesEdit:
+    """All that a reward can read of an edit, as one number."""
+
+    def __call__(self, inputs):
+        return [self.number(i) for i in inputs]
+
+    def number(self, item):
+        sources = item.sources
+        pictures = [*(item.picture(key) for key in ("source", "style", "keep")), *sources]
+        sides = [side for box in item.subjects(sources) for side in box.sides]
+        return sum(np.mean(p) / (n + 2) for n, p in enumerate(pictures)) + np.dot(sides, sides)
 
 
 class Seldom:

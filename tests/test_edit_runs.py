@@ -1,7 +1,5 @@
 """Rows that edit: what is checked before a run, training of both stages, evaluation, generation."""
 
-import base64
-import io
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +15,6 @@ from duet.inference import decoder, generate, prompt
 from duet.inference.engine import Engine
 from duet.inference.layout import Positions
 from duet.inference.request import Request
-from duet.rewards.base import RewardInput
-from duet.rewards.service.wire import encode_request
 from duet.train import evaluate, gate, prior_making, update
 from duet.train.prompts import draw_groups
 from duet.train.stages import DecoderStage
@@ -243,16 +239,6 @@ def test_pictures_that_a_dataset_holds_are_sources(tmp_path, engine):
         [row] = load_rows(path)
         ready = engine.ready(Request(row.prompt, (1,), SIZE, row.sources))
         assert [picture.size for picture in ready.sources] == [(96, 64), (64, 64)]
-
-
-def test_a_remote_reward_is_sent_pictures_and_no_path_of_a_source(data):
-    sources = [(data / "card.png").read_bytes(), str(data / "other.png")]
-    row = {"prompt": "x", "sources": sources, "source_prompt": "y"}
-    [sample] = json.loads(encode_request([RewardInput(CLEAN, "x", row)], "png"))["samples"]
-    assert sample["row"] == {"prompt": "x", "source_prompt": "y"}
-    shown = [Image.open(io.BytesIO(base64.b64decode(text))) for text in sample["sources"]]
-    assert [picture.size for picture in shown] == [(96, 64), (96, 74)]
-    assert str(data) not in json.dumps(sample)
 
 
 def test_one_source_and_a_list_of_one_are_alike():

@@ -88,7 +88,8 @@ def test_one_that_cannot_be_moved_is_told_by_its_name():
 
 @pytest.mark.parametrize("view", ["full", "high"])
 @pytest.mark.parametrize(
-    "name", ["alignment", "aesthetic", "fidelity", "diversity", "source_consistency"]
+    "name",
+    ["alignment", "aesthetic", "fidelity", "diversity", "source_consistency", "identity", "style"],
 )
 def test_all_weights_of_a_reward_move(name, view):
     """Told by another dtype, which `to` takes as it takes a device."""

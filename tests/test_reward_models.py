@@ -1,5 +1,6 @@
 """Reward models: order under damage, independent computations, honest refusals."""
 
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from duet.rewards.clip import Clip, batches
 from duet.rewards.long_prompts import pieces
 from duet.rewards.registry import load_reward, load_rewards
 from duet.rewards.source_consistency import kept_share
-from duet.train.tiny.specimens import CARD, OFFLINE, specimens, table, write
+from duet.train.tiny.specimens import CARD, OFFLINE, row_for, specimens, table, write
 from tests.conftest import CLIP, ROOT
 from tests.pictures import CLEAN, DAMAGE, PICTURES, damaged
 
@@ -32,8 +33,7 @@ def scores(row):
     """A function: what a reward of the table says of pictures of the card."""
 
     def score_all(name, images):
-        seen = row if name != "quality" else {"prompt": row["prompt"]}
-        inputs = [RewardInput(i, CARD.prompt, seen) for i in images]
+        inputs = [RewardInput(i, CARD.prompt, row_for(name, row)) for i in images]
         return score(load_reward(REWARDS[name]), name, inputs, [len(inputs)])
 
     return score_all
@@ -70,9 +70,21 @@ def test_neither_flat_colour_nor_noise_pays(scores, name):
 def test_the_table_has_a_line_for_each_of_the_twelve_pictures(row):
     lines = table(row).splitlines()
     assert len(lines) == 2 + 12 and lines[2].startswith("| clean | 1.000 |")
+    page = (ROOT / "rewards" / "COOKBOOK.md").read_text()
+    printed = page[page.index("| picture | ocr |") :].splitlines()[:14]
+    for ours, theirs in zip(map(cells, lines), map(cells, printed), strict=True):
+        assert ours[0] == theirs[0]
+        assert ours[1:] == pytest.approx(theirs[1:], abs=0.003, nan_ok=True)
     assert [np.asarray(i).tobytes() for _, i in specimens()] == [
         np.asarray(i).tobytes() for i in PICTURES.values()
     ]
+
+
+def cells(line: str) -> list[str | float]:
+    """Of a table's line: its name, and numbers where these are."""
+    parts = [part.strip() for part in line.strip("|").split("|")]
+    number = re.compile(r"-?\d+\.\d+|nan")
+    return [float(part) if number.fullmatch(part) else part for part in parts]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,10 @@ def test_a_library_is_imported_only_by_who_needs_it(modules, heavy):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["alignment", "fidelity", "source_consistency", "diversity"])
+@pytest.mark.parametrize(
+    "name",
+    ["alignment", "fidelity", "source_consistency", "diversity", "identity", "style", "edit_direction"],
+)  # fmt: skip
 def test_a_constructor_reads_no_weights_and_load_does(name):
     gone = RewardConfig(name, args={"model": "local-dir:gone", "pretrained": None})
     load_reward(gone)

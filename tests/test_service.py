@@ -68,7 +68,7 @@ def serving(folder, *rewards, token=None, options=()):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A server of everything, with a token and a bound of 1 MiB."""
-    light = ("Sees", "HasSource", "SeesSources", "Rank", "Alone", "Waits")
+    light = ("Sees", "SeesEdit", "HasSource", "Rank", "Alone", "Waits")
     rewards = [{"name": "alignment", **TOWER}, {"name": "fidelity", **TOWER}]
     rewards += [{"name": SAMPLES + name} for name in light]
     rewards += [{"name": "tests.bad_rewards.Raises"}]
@@ -104,8 +104,13 @@ def sample(**changes):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     image = base64.b64encode(buffer.getvalue()).decode()
-    empty = {"pictures": {}, "sources": []}
-    return {"prompt": "a", "row": {"seconds": 0}, "image": image} | empty | changes
+    return {
+        "prompt": "a",
+        "row": {"seconds": 0},
+        "image": image,
+        "pictures": {},
+        "sources": [],
+    } | changes
 
 
 def body(*samples):
@@ -136,18 +141,17 @@ def test_none_travels_and_a_source_picture_too(url, inputs, caplog):
 
 
 @pytest.mark.parametrize("view", ["full", "low", "high"])
-def test_all_sources_travel_whole_and_in_order(url, inputs, view, tmp_path):
-    """As the reward would see them here; one larger than the sample comes at its longer side."""
-    paths = [tmp_path / f"{n}.png" for n in range(3)]
-    for path, size in zip(paths, [(96, 64), (40, 150), (300, 200)], strict=True):
-        inputs[0].image.resize(size).rotate(len(path.stem)).save(path)
-    lists = ([str(p) for p in paths], [str(p) for p in paths[::-1]], [str(paths[1])])
-    edits = [replace(i, row={"sources": s}) for i, s in zip(inputs, lists, strict=False)]
-    edits += [replace(inputs[3], row={"source": str(paths[1])}), replace(inputs[4], row={})]
-    local = load_reward(RewardConfig(SAMPLES + "SeesSources", view=view))(edits)
-    args = {"url": url, "reward": "SeesSources"}
+def test_an_edits_sources_masks_and_boxes_travel(url, inputs, view):
+    """Of whatever shape, and with the style named among them."""
+    wide = Image.new("RGB", (240, 80), "teal")
+    more = {"keep": [[3, 3, 60, 40]], "style": 0, "subjects": [[9, 9, 99, 70], [0, 0, 20, 30]]}
+    edits = [
+        replace(i, row={"prompt": "x", "sources": [wide, i.image], **more}) for i in inputs[:2]
+    ]
+    local = load_reward(RewardConfig(SAMPLES + "SeesEdit", view=view))(edits)
+    args = {"url": url, "reward": "SeesEdit"}
     assert load_reward(RewardConfig("remote", args=args, view=view))(edits) == local
-    assert len(set(local[:3])) == 3 and local[2] == local[3] and local[4] is None
+    assert len(set(local)) == 2
 
 
 def test_what_failed_and_what_does_not_apply_travel_apart():
@@ -236,10 +240,13 @@ MALFORMED = {
     "row picture is null": (lambda: body(sample(pictures={"image": None})), "samples[0].pictures.image"),
     "row picture of another key": (lambda: body(sample(pictures={"../x": "AAAA"})), "allowed are image, source"),
     "a path of the server": (lambda: body(sample(row={"image": "/etc/passwd"})), "samples[0].row has 'image'"),
-    "a path of the server in a list": (lambda: body(sample(row={"sources": ["/etc/passwd"]})), "samples[0].row has 'sources'"),
-    "a source is no picture": (lambda: body(sample(sources=[sample()["image"], "AAAA"])), "samples[0].sources[1] is no base64 PNG"),
-    "sources are an object": (lambda: body(sample(sources={})), "samples[0].sources must be of type list"),
-    "no sources": (lambda: body({k: v for k, v in sample().items() if k != "sources"}), "pictures, sources"),
+    "a path among sources": (lambda: body(sample(row={"sources": ["/etc/passwd"]})), "samples[0].row has 'sources'"),
+    "boxes to keep": (lambda: body(sample(row={"keep": [[0, 0, 1, 1]]})), "samples[0].row has 'keep'"),
+    "the place of a style": (lambda: body(sample(row={"style": 0})), "samples[0].row has 'style'"),
+    "sources are text": (lambda: body(sample(sources="a")), "samples[0].sources must be of type list"),
+    "no picture among sources": (lambda: body(sample(sources=["AAAA"])), "samples[0].sources[0] is no base64 PNG"),
+    "sources without subjects": (lambda: body(sample(sources=[sample()["image"]])), "samples[0].row.subjects must be a list of one box or null"),
+    "a subject out of its source": (lambda: body(sample(sources=[sample()["image"]], row={"subjects": [[0, 0, 9, 8]]})), "samples[0].row.subjects[0] = [0, 0, 9, 8] reaches out"),
     "decompression bomb": (lambda: body(sample(image=black(20000))), "too large"),
     "many large pictures": (lambda: body(*[sample(image=black(2048))] * 20), "samples[16].image of 2048 x 2048 pixels is too much"),
     "an old client": (lambda: '{"samples": []}', "the request is in version 1 of the wire form, and here it is 3: run the same"),

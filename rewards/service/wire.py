@@ -2,7 +2,7 @@
 
     POST /score/NAME  {"version": 3,
                        "samples": [{"prompt": "a card", "row": {...}, "image": BASE64,
-                                    "pictures": {"source": BASE64}, "sources": [BASE64]}]}
+                                    "pictures": {"style": BASE64}, "sources": [BASE64]}]}
     200               {"version": 3, "scores": [0.5, null, "nan"]}
                       null: does not apply; "nan": could not be scored
     any other status  {"error": "one line"}
@@ -11,23 +11,29 @@
                        "rewards": {"ocr": {"whole_groups": false}}}
                       whether weights are loaded; whether this request has the token
 
-The row's own pictures travel as the reward would see them (`RewardInput.picture` and
-`.sources`); the paths that named them stay at home. Version 1 told none, and had null for what
-was not scored; version 2 had no sources.
+The row's own pictures travel as the reward would see them (`RewardInput.picture` and `.sources`);
+the paths that named them stay at home. `keep` travels as a mask, a `style` that is the place of a
+source as that picture, and `subjects` as boxes in the sources that are sent. The first source is
+among `pictures`, too, where the picture's size or view shows it otherwise. Version 1 told no None,
+version 2 had no sources.
 """
 
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from duet.configs.errors import UserError
-from duet.configs.pictures import as_shown
-from duet.configs.row import PICTURES, SOURCES
+from duet.configs.pictures import as_shown, shown_size
+from duet.configs.regions import read_box
+from duet.configs.row import PICTURES
+from duet.configs.row_edits import SOURCE, SOURCES, SUBJECTS
 from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
 from duet.rewards.service.http import excerpt
@@ -51,20 +57,30 @@ def read_token(variable: str) -> str | None:
 
 def encode_request(inputs: Sequence[RewardInput], image_format: str) -> bytes:
     """Raises UserError for a row with a value that JSON cannot carry."""
-    samples = []
-    for item in inputs:
-        pictures = {key: item.picture(key) for key in PICTURES if item.row.get(key)}
-        left_out = {*pictures, SOURCES}  # paths and bytes of this machine
-        samples.append(
-            {
-                "prompt": item.prompt,
-                "row": {k: _plain(k, v) for k, v in item.row.items() if k not in left_out},
-                "image": encode_picture(item.image, image_format),
-                "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items()},
-                "sources": [encode_picture(p, image_format) for p in item.sources()],
-            }
-        )
+    samples = [_encode_sample(item, image_format) for item in inputs]
     return json.dumps({"version": VERSION, "samples": samples}).encode()
+
+
+def _encode_sample(item: RewardInput, image_format: str) -> dict[str, Any]:
+    pictures = {key: item.picture(key) for key in PICTURES}
+    sources = item.sources
+    if sources and _alike(sources[0], pictures[SOURCE]):
+        pictures[SOURCE] = None
+    left_out = {*PICTURES, SOURCES, SUBJECTS}  # paths and bytes of this machine
+    row = {k: _plain(k, v) for k, v in item.row.items() if k not in left_out}
+    if sources:
+        row[SUBJECTS] = [box and list(box.sides) for box in item.subjects(sources)]
+    return {
+        "prompt": item.prompt,
+        "row": row,
+        "image": encode_picture(item.image, image_format),
+        "pictures": {k: encode_picture(p, image_format) for k, p in pictures.items() if p},
+        "sources": [encode_picture(source, image_format) for source in sources],
+    }
+
+
+def _alike(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and a.tobytes() == b.tobytes()
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -97,23 +113,36 @@ def _sample(sample: Any, where: str, reader: PictureReader, folder: Path) -> Rew
     fields = _fields(sample, where, kinds)
     image = as_shown(reader.read(fields["image"], f"{where}.image")[0])
     row = dict(fields["row"])
+    for key in (*PICTURES, SOURCES):
+        if row.get(key) is not None:  # a path would open a file of the server
+            raise WireError(f"{where}.row has {key!r}: send that picture in {where}.pictures")
 
-    def stored(text: Any, place: str) -> str:
-        picture, data = reader.read(text, f"{where}.{place}")
-        path = folder / f"{where}-{place}.{picture.format.lower()}"
+    def stored(text: Any, name: str) -> str:
+        picture, data = reader.read(text, f"{where}.{name}")
+        path = folder / f"{where}-{name}.{picture.format.lower()}"
         path.write_bytes(data)
         return str(path)
 
-    for key in (*PICTURES, SOURCES):
-        if row.get(key):  # a path would open a file of the server
-            raise WireError(f"{where}.row has {key!r}: send that picture in {where}.pictures")
     for key, text in fields["pictures"].items():
         if key not in PICTURES:
             raise WireError(f"{where}.pictures has {key!r}: allowed are {', '.join(PICTURES)}")
         row[key] = stored(text, f"pictures.{key}")
     if fields["sources"]:
-        row[SOURCES] = [stored(t, f"{SOURCES}[{i}]") for i, t in enumerate(fields["sources"])]
+        row[SOURCES] = [stored(t, f"sources[{i}]") for i, t in enumerate(fields["sources"])]
+        _require_subjects(row, f"{where}.row.{SUBJECTS}")
     return RewardInput(image, fields["prompt"], row)
+
+
+def _require_subjects(row: Mapping[str, Any], where: str) -> None:
+    boxes, sources = row.get(SUBJECTS), row[SOURCES]
+    if not isinstance(boxes, list) or len(boxes) != len(sources):
+        raise WireError(f"{where} must be a list of one box or null for each of the sources")
+    for i, (box, source) in enumerate(zip(boxes, sources, strict=True)):
+        try:
+            if box is not None:
+                read_box(f"{where}[{i}]", box, shown_size(source))
+        except UserError as error:
+            raise WireError(str(error)) from error
 
 
 def encode_scores(scores: Sequence[Answer]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ writes the pictures, `prompts.jsonl` with their row, and the table in Markdown.
 import argparse
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -17,9 +19,10 @@ from PIL import Image, ImageFilter
 from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput, score
 from duet.rewards.registry import load_reward
-from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, Card, Shape, draw
+from duet.train.tiny.world import BLOCK_PIXELS, HEIGHT_PIXELS, WIDTH_PIXELS, Card, Shape, draw
 
 CARD = Card("red", (Shape("circle", "blue", "on the left"),), "white", "CHAP")
+_RECOLOURED = "green"
 _JUDGES = Path("configs/tiny/judges")
 _CLIP = {"model": f"local-dir:{_JUDGES}/clip", "pretrained": None}
 OFFLINE = (
@@ -30,6 +33,10 @@ OFFLINE = (
     RewardConfig("fidelity", args=_CLIP, label="quality"),
     RewardConfig("brisque"),
     RewardConfig("source_consistency", args=_CLIP),
+    RewardConfig("source_consistency", args=_CLIP, label="kept"),
+    RewardConfig("identity", args=_CLIP),
+    RewardConfig("style", args=_CLIP),
+    RewardConfig("edit_direction", args=_CLIP),
     RewardConfig("diversity", args=_CLIP),
 )
 
@@ -47,7 +54,7 @@ def specimens() -> list[tuple[str, Image.Image]]:
         ("JPEG", compressed(clean, 15)),
         ("wrong word", draw(replace(CARD, word="CHAT"))),
         ("missing word", draw(replace(CARD, word=""))),
-        ("wrong background colour", draw(replace(CARD, background="green"))),
+        ("wrong background colour", draw(replace(CARD, background=_RECOLOURED))),
         ("wrong shape colour", draw(replace(CARD, shapes=(replace(circle, colour="purple"),)))),
         ("flat colour", Image.new("RGB", clean.size, "red")),
         ("pure noise", _pure_noise()),
@@ -78,10 +85,33 @@ def write(folder: Path) -> dict[str, str]:
     """Save the pictures and return their row: the clean one is reference and source."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in specimens():
-        picture.save(folder / f"{name.replace(' ', '_')}.png")
+        picture.save(folder / _file(name))
     row = {"prompt": CARD.prompt, "text": CARD.word, "image": "clean.png", "source": "clean.png"}
     (folder / "prompts.jsonl").write_text(json.dumps(row) + "\n")
     return row | {key: str(folder / row[key]) for key in ("image", "source")}
+
+
+def row_for(column: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a column of the table is given: that row, with what its reward reads besides."""
+    if column == "quality":
+        return {key: value for key, value in row.items() if key != "image"}
+    recoloured = "wrong background colour"
+    other = replace(CARD, background=_RECOLOURED)
+    more = {
+        "kept": {"keep": [[0, 0, WIDTH_PIXELS, BLOCK_PIXELS]]},  # the half with the circle
+        "identity": {"subjects": [[5, 5, 27, 27]]},  # the circle
+        "style": {"style": row["image"]},
+        "edit_direction": {
+            "source": str(Path(row["source"]).with_name(_file(recoloured))),
+            "source_prompt": other.prompt,
+            "target_prompt": CARD.prompt,
+        },
+    }
+    return {**row, **more.get(column, {})}
+
+
+def _file(name: str) -> str:
+    return f"{name.replace(' ', '_')}.png"
 
 
 def table(row: dict[str, str]) -> str:
@@ -89,7 +119,7 @@ def table(row: dict[str, str]) -> str:
     names, pictures = zip(*specimens(), strict=True)
     columns = {}
     for config in OFFLINE:
-        seen = row if config.label != "quality" else {k: v for k, v in row.items() if k != "image"}
+        seen = row_for(config.metric_name, row)
         inputs = [RewardInput(p, row["prompt"], seen) for p in pictures]
         reward = load_reward(config)
         columns[config.metric_name] = score(reward, config.metric_name, inputs, [len(inputs)])
