@@ -14,7 +14,7 @@ from duet.configs.errors import UserError, tell
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
-from duet.configs.turns import rollouts_of, trained_rewards, turns
+from duet.configs.turns import each_beside_others, rollouts_of, trained_rewards, turns
 from duet.inference.empty import build_empty, weights_of
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
@@ -28,10 +28,11 @@ from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.engines import chosen_sharding
 from duet.train.environment import engine, processes_alone, require_own_settings
-from duet.train.fitting import require_fit
+from duet.train.fitting import Deployment, require_fit
 from duet.train.geometry import geometry
 from duet.train.given import Given, given, load_given
 from duet.train.held_out import HeldOut, evaluation_id
+from duet.train.kinds import Datasets, Kinds
 from duet.train.policy import Policy
 from duet.train.prior_cache import PriorCache, check_cache
 from duet.train.prior_stamp import make_stamp
@@ -71,10 +72,11 @@ def prepare(config: RunConfig) -> Training:
     )
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-        for part in parts.values():
-            beside = [other for other in parts.values() if other is not part]
-            sizes = model_folder(config.model.path)
-            require_fit(part, sizes, processes, memory, beside, engine())
+        sizes = model_folder(config.model.path)
+        datasets = Datasets(Kinds.of(rows, sizes), Kinds.of(held_out, sizes))
+        for each in each_beside_others(parts.values()):
+            there = Deployment(sizes, processes, memory, each.others, engine(), datasets)
+            require_fit(each.own, there)
     outline = read_outline(config.model.path)
     size = Size.of(config.sampling)
     for each in (rows, held_out):
