@@ -98,16 +98,13 @@ def check_row(row: Row, width: int | None = None, height: int | None = None) -> 
     for key in PICTURES:
         if key in row:
             _check_picture(row, key, row[key], width, height)
-    check_sources(row)
     if SOURCES in row:
+        _check_sources(row)
         for i, stored in enumerate(row[SOURCES]):
             _check_picture(row, f"{SOURCES}[{i}]", stored, width, height)
 
 
-def check_sources(row: Row) -> None:
-    """Raises UserError, with the row's place, for `sources` that are no list of them."""
-    if SOURCES not in row:
-        return
+def _check_sources(row: Row) -> None:
     value = row[SOURCES]
     if not isinstance(value, list) or not value:
         raise UserError(

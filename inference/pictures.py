@@ -36,7 +36,7 @@ def decode(vae, latents: Tensor) -> Tensor:
 
 def encode(vae, image: Image.Image) -> Tensor:
     """A picture of whole tokens in RGB -> its standardised latents, float32 [C, h, w]."""
-    return encode_pixels(vae, _PROCESSOR.preprocess(image).to(vae.device, vae.dtype))[0]
+    return encode_pixels(vae, _PROCESSOR.preprocess(image).to(vae.device))[0]
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def encode_pixels(vae, pixels: Tensor) -> Tensor:
     The mean of the VAE's distribution, as `GlmImagePipeline` takes it for a source.
     """
     mean, std = latent_statistics(vae)
-    return (vae.encode(pixels).latent_dist.mode().float() - mean) / std
+    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
 
 
 def latent_statistics(vae) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,6 @@ def test_the_row_with_the_most_source_tokens_decides():
     assert Kinds.of(rows, Scale()).edit == (Size(512, 512),) * 3, "raised to the released bounds"
     with pytest.raises(UserError, match=r"row: sources\[1\]: a source of 10 x 10 pixels"):
         Kinds.of([row((64, 64), (10, 10))], MODEL)
-    with pytest.raises(UserError, match="sources = 'a.png' must be a list"):
-        Kinds.of([Row({"prompt": "a card", "sources": "a.png"})], MODEL)
 
 
 def test_the_plan_says_which_edits_it_counts(tmp_path, monkeypatch, capsys):

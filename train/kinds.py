@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from duet.configs.row import Row, check_sources
+from duet.configs.row import Row
 from duet.inference.layout import Size
 from duet.inference.shapes import Sizes, image_processor
 from duet.inference.sources import source_sizes
@@ -19,10 +19,8 @@ class Kinds:
     @classmethod
     def of(cls, rows: Iterable[Row], sizes: Sizes) -> "Kinds":
         """Raises UserError, with the row's place, for a source that cannot be served."""
-        processor, found = image_processor(sizes), set()
-        for row in rows:
-            check_sources(row)
-            found.add(source_sizes(processor, row))
+        processor = image_processor(sizes)
+        found = {source_sizes(processor, row) for row in rows}
         return cls(() in found, max(found, key=_tokens))
 
     def single(self) -> "list[Kinds]":

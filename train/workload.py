@@ -19,10 +19,10 @@ from duet.inference.engine import autocast_dtype
 from duet.inference.layout import Size
 from duet.inference.parts import PARTS, Part
 from duet.inference.shapes import Sizes, build_part
-from duet.inference.source_attention import see
+from duet.inference.source_attention import Seen, see
 from duet.train import made_up
 from duet.train.dropout import lora_dropout
-from duet.train.footprint import Kernel, Meter, repeated, without_values
+from duet.train.footprint import Kernel, repeated, without_values
 from duet.train.made_up import Batch, Scoring
 from duet.train.recompute import recompute_blocks
 from duet.train.tuning import train_whole
@@ -194,11 +194,8 @@ def latents(subject: Subject, batch: Batch) -> Work:
             decoder.velocity(dit, x, torch.zeros(batch.samples), seen, sampling.guidance_scale)
         step = meter.stretch()
         kernels = sources.kernels + repeated(step.kernels, sampling.num_inference_steps)
-        kept = {SOURCES: sources.live - begun}
+        kept = {SOURCES: _held_by(seen)}
         return Work(kept, (sources.peak - begun, step.peak - begun), kernels)
-
-
-SOURCES = "keys, values of sources"
 
 
 @cache
@@ -251,7 +248,7 @@ def update(subject: Subject, asked: Scoring) -> Work:
     with without_values(module) as meter:
         for parameter in _trained(module):
             parameter.grad = torch.zeros_like(parameter)
-        named = _named(subject, module, asked, meter)
+        named = _named(subject, module, asked)
         score = _scorer(subject, asked, module)
         begun = meter.stretch().live
         with lora_dropout(module):
@@ -265,20 +262,21 @@ def update(subject: Subject, asked: Scoring) -> Work:
         return Work(kept, peaks, sum((part.kernels for part in parts), Counter()))
 
 
-def _named(subject: Subject, module: Module, asked: Scoring, meter: Meter) -> dict[str, int]:
+def _named(subject: Subject, module: Module, asked: Scoring) -> dict[str, int]:
     """Bytes of what a forward keeps for backward that has a name of its own."""
     if subject.stage == "ar":
         dtype = autocast_dtype(subject.arithmetic) or module.dtype
         outputs = module.config.text_config.vision_vocab_size
         count = asked.samples * made_up.scored_tokens(asked) * outputs
         return {"logits": count * dtype.itemsize}
-    given = made_up.conditions(module, asked.batch)
-    begun = meter.stretch().live
     with torch.no_grad(), subject.running():
-        seen = see(module, given)
-    kept = meter.stretch().live - begun
-    del seen  # alive until here
-    return {SOURCES: kept}
+        return {SOURCES: _held_by(see(module, made_up.conditions(module, asked.batch)))}
+
+
+def _held_by(seen: Seen) -> int:
+    """Bytes of the sources' keys and values."""
+    layers = [] if seen.sources is None else seen.sources.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def _scorer(subject: Subject, asked: Scoring, module: Module) -> Callable[[], Any]:
