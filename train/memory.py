@@ -1,6 +1,6 @@
 """Memory on the device by phase and by what holds it, counted before any weight is read."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from duet.configs.reward_schema import RewardConfig
@@ -13,53 +13,14 @@ from duet.train import workload
 from duet.train.engines import sharding_of
 from duet.train.environment import Engine
 from duet.train.geometry import geometry, sizes_on_first
+from duet.train.holdings import Parts, Trained, always_held, held_weights
 from duet.train.kinds import Datasets, Kinds
 from duet.train.made_up import Batch, Scoring
 from duet.train.prior_cache import PriorCache
 from duet.train.workload import Subject, Work
 
 GIB = 2**30
-RESERVE = 2 * GIB  # assumed: CUDA context, workspaces of cuBLAS and cuDNN, fragments
-_ZERO_BUCKET = 500_000_000  # gradients; DeepSpeed's reduce_bucket_size
 DECODER_PARTS = ("transformer", "vae", "text_encoder")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What of a part is trained, as memory counts it."""
-
-    component: str
-    parameters: int
-    frozen: int  # bytes of the part's weights that are not trained
-    bytes_each: int = 4  # of a master and of its gradient: float32
-    states: int = 2  # copies that the optimizer holds: AdamW's two moments
-    copies: int = 0  # others on the device: an average
-
-    @property
-    def copy(self) -> int:
-        """Bytes of all parameters once."""
-        return self.parameters * self.bytes_each
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Into how many parts an engine cuts what is trained; a process holds one of each."""
-
-    state: int = 1  # the optimizer's, and gradients
-    weights: int = 1  # of the whole module
-    masters: int = 0  # copies of the weights that the engine's optimizer works on
-
-    @classmethod
-    def of(cls, engine: Engine, processes: int) -> "Parts":
-        match engine:
-            case "zero2":
-                return cls(processes, masters=1)
-            case "zero3":
-                return cls(processes, processes, masters=1)
-            case "fsdp2":
-                return cls(processes, processes)
-            case _:
-                return cls()
 
 
 @dataclass(frozen=True)
@@ -222,14 +183,14 @@ def phases(
     offloads, turns = config.model.offload == "phase", (config, *beside)
     trained = [trained_of(turn, subject_of(turn, step.subject.sizes)) for turn in turns]
     parts = Parts.of(engine, processes)
-    always = _always(trained, processes, engine)
+    always = always_held(trained, processes, engine)
     stays = () if sharding_of(engine).movable else tuple(t.component for t in trained)
     judges = turns[:1] if offloads else turns
     rewards = reward_sizes(r for turn in judges for r in _rewards(turn))
 
     def whole(phase: Phase) -> Phase:
         present = {*phase.needs, *stays} if offloads else set(step.read)
-        weights = _weights(step.subject, trained, present, parts, phase.learns)
+        weights = held_weights(step.subject, trained, present, parts, phase.learns)
         judging = {} if offloads and phase.learns else {"reward models": rewards.bytes}
         held = weights | phase.held | always | judging
         return replace(phase, held={name: size for name, size in held.items() if size})
@@ -275,51 +236,6 @@ def _learning(step: Step, own: Trained, parts: Parts) -> Iterator[Phase]:
     # AdamW works on all parameters at once, with one more copy of them
     copy = {"working set": own.copy // parts.state}
     yield phase("optimizer step", waiting | compared | copy)
-
-
-def _weights(
-    subject: Subject,
-    trained: Collection[Trained],
-    present: Collection[str],
-    parts: Parts,
-    learns: bool,
-) -> dict[str, int]:
-    """The model's, of the components that are `present`. What is cut is gathered whole to sample,
-    and a block at a time to learn.
-    """
-    here = [t for t in trained if t.component in present]
-    others = set(present) - {t.component for t in here}
-    frozen = sum(workload.weight_bytes(subject, c) for c in others)
-    held = {"frozen weights": frozen}
-    if parts.weights == 1 or not learns:
-        held["frozen weights"] += sum(t.frozen for t in here)
-        held["trained weights"] = sum(t.copy for t in here)
-    if parts.weights > 1:
-        cut = sum(t.frozen + t.copy for t in here)
-        held["shards of the trained parts"] = cut // parts.weights
-    if parts.weights > 1 and learns:  # the one that runs, the next, and a gradient
-        held["gathered blocks"] = 3 * workload.block_bytes(subject)
-    return held
-
-
-def _always(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
-    """What is there in every phase."""
-    parts = Parts.of(engine, processes)
-    return {
-        "optimizer state": sum((t.states + parts.masters) * t.copy for t in trained) // parts.state,
-        "copies of the trained weights": sum(t.copies * t.copy for t in trained) // parts.weights,
-        **_buckets(trained, processes, engine),
-        "CUDA context, workspaces (assumed)": RESERVE,
-    }
-
-
-def _buckets(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
-    """What gradients are sent in; FSDP2 sends them block by block."""
-    if processes == 1 or engine == "fsdp2":
-        return {}
-    if engine == "ddp":
-        return {"DDP buckets": sum(t.copy for t in trained)}
-    return {"ZeRO's buckets": sum(min(t.parameters, _ZERO_BUCKET) * t.bytes_each for t in trained)}
 
 
 def peak(found: Sequence[Phase]) -> Phase:
