@@ -65,7 +65,7 @@ def kinds_of(config: RunConfig) -> dict[str, Kinds | None]:
     names = ("train",) if config.train.eval_steps is None else ("train", "eval")
     rows = {name: stored_rows(config, name) for name in names}
     sizes = sizes_of(config)
-    return {name: own and Kinds.of(own, sizes) for name, own in rows.items()}
+    return {n: None if own is None else Kinds.of(own, sizes) for n, own in rows.items()}
 
 
 def page(

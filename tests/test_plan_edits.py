@@ -120,7 +120,7 @@ def test_the_row_with_the_most_source_tokens_decides():
     rows = [row((64, 64), (64, 64), (64, 64)), row((128, 128)), row((96, 64))]
     assert Kinds.of(rows, MODEL) == Kinds(False, (Size(128, 128),))
     assert Kinds.of([Row({"prompt": "a card"}), *rows], MODEL) == Kinds(True, (Size(128, 128),))
-    assert Kinds.of([Row({"prompt": "a card"})], MODEL) == Kinds()
+    assert Kinds.of([Row({"prompt": "a card"})], MODEL) == Kinds.of([], MODEL) == Kinds()
     assert Kinds.of(rows, Scale()).edit == (Size(512, 512),) * 3, "raised to the released bounds"
     with pytest.raises(UserError, match=r"row: sources\[1\]: a source of 10 x 10 pixels"):
         Kinds.of([row((64, 64), (10, 10))], MODEL)

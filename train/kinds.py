@@ -20,7 +20,7 @@ class Kinds:
     def of(cls, rows: Iterable[Row], sizes: Sizes) -> "Kinds":
         """Raises UserError, with the row's place, for a source that cannot be served."""
         processor = image_processor(sizes)
-        found = {source_sizes(processor, row) for row in rows}
+        found = {source_sizes(processor, row) for row in rows} or {()}
         return cls(() in found, max(found, key=_tokens))
 
     def single(self) -> "list[Kinds]":
