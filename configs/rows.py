@@ -13,7 +13,7 @@ from duet.configs.hub import is_hub_id
 from duet.configs.row import Row, check_row, make_row
 from duet.configs.row_datasets import read_dataset
 from duet.configs.row_files import TEXT_FILES, Table, read_text_file
-from duet.configs.schema import RunConfig
+from duet.configs.schema import DataConfig, RunConfig
 
 _FILES = (*TEXT_FILES, ".parquet")
 
@@ -78,12 +78,25 @@ def load_rows(
 def rows_of(config: RunConfig, part: Literal["train", "eval"], show: bool = True) -> Rows:
     """The rows that a run trains on or is evaluated on."""
     data, sampling = config.data, config.sampling
-    split, name, revision = {
+    shape = (sampling.width, sampling.height) if data.fit == "refuse" else None
+    return load_rows(getattr(data, part), *_named(data, part), data.columns, shape, show)
+
+
+def stored_rows(config: RunConfig, part: Literal["train", "eval"]) -> Rows | None:
+    """The same without a check, which would decode all pictures; None where they are not on this
+    disk.
+    """
+    data = config.data
+    path = os.path.expanduser(getattr(data, part))
+    return Rows(_table(path, *_named(data, part)), data.columns) if os.path.exists(path) else None
+
+
+def _named(data: DataConfig, part: Literal["train", "eval"]) -> tuple[str | None, ...]:
+    """Split, configuration and revision."""
+    return {
         "train": (data.train_split, data.train_name, data.train_revision),
         "eval": (data.eval_split, data.eval_name, data.eval_revision),
     }[part]
-    shape = (sampling.width, sampling.height) if data.fit == "refuse" else None
-    return load_rows(getattr(data, part), split, name, revision, data.columns, shape, show)
 
 
 def _table(path: str, split: str | None, name: str | None, revision: str | None) -> Table:

@@ -1,7 +1,7 @@
 """Turns: which part of the model a run trains in which rollout, and by which settings."""
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +11,14 @@ from duet.configs.schema import RunConfig, TurnConfig
 from duet.configs.setting import require
 
 _OWN = tuple(f.name for f in fields(TurnConfig) if f.name not in ("part", "steps"))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A turn, and the run's others, which wait on the same device."""
+
+    own: RunConfig
+    others: Sequence[RunConfig]
 
 
 def inherit(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +57,12 @@ def turns(config: RunConfig) -> dict[str, RunConfig]:
         except UserError as error:
             raise UserError(f"stages[{i}]: {error}") from error
     return made
+
+
+def each_beside_others(parts: Collection[RunConfig]) -> Iterator[Beside]:
+    """Of `turns`."""
+    for part in parts:
+        yield Beside(part, [other for other in parts if other is not part])
 
 
 def part_at(config: RunConfig, step: int) -> str:

@@ -34,15 +34,19 @@ def decode(vae, latents: Tensor) -> Tensor:
     return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0].float()
 
 
-@torch.no_grad()
 def encode(vae, image: Image.Image) -> Tensor:
-    """A picture of whole tokens in RGB -> its standardised latents, float32 [C, h, w].
+    """A picture of whole tokens in RGB -> its standardised latents, float32 [C, h, w]."""
+    return encode_pixels(vae, _PROCESSOR.preprocess(image).to(vae.device))[0]
+
+
+@torch.no_grad()
+def encode_pixels(vae, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] -> standardised latents, float32 [B, C, h, w].
 
     The mean of the VAE's distribution, as `GlmImagePipeline` takes it for a source.
     """
-    pixels = _PROCESSOR.preprocess(image).to(vae.device, vae.dtype)
     mean, std = latent_statistics(vae)
-    return ((vae.encode(pixels).latent_dist.mode().float() - mean) / std)[0]
+    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
 
 
 def latent_statistics(vae) -> tuple[Tensor, Tensor]:

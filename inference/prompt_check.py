@@ -17,7 +17,7 @@ from duet.inference.layout import Size
 from duet.inference.outline import Outline
 from duet.inference.prompt import Prompt, edit_prompt, text_grids, text_prompt
 from duet.inference.request import Request
-from duet.inference.sources import source_size
+from duet.inference.sources import source_sizes
 
 
 def check_prompts(
@@ -37,7 +37,7 @@ def check_prompts(
     glyphs = _Reader("the glyph encoder", outline.tokenizer, MAX_GLYPH_TOKENS - 1)  # its </s>
     with tqdm(rows, "checking prompts", leave=False, disable=None if show else True) as bar:
         for row in bar:
-            sources = _source_sizes(outline, row)
+            sources = source_sizes(outline.processor.image_processor, row)
             if sources:
                 target = sources[0] if source_sized else size
                 prompts = rooms.edit(row.where, target, sources)
@@ -46,17 +46,6 @@ def check_prompts(
             prompts.check(row, row.prompt)
             for span in quoted_spans(row.prompt):
                 glyphs.check(row, span)
-
-
-def _source_sizes(outline: Outline, row: Row) -> tuple[Size, ...]:
-    """As they are brought to. Raises UserError with the row's place."""
-    sizes = []
-    for place, stored in enumerate(row.sources):
-        try:
-            sizes.append(source_size(outline.processor.image_processor, stored))
-        except UserError as error:
-            raise UserError(f"{row.where}: sources[{place}]: {error}") from error
-    return tuple(sizes)
 
 
 class _Rooms:

@@ -11,6 +11,7 @@ from torch.nn import Module
 from transformers import (
     GlmImageConfig,
     GlmImageForConditionalGeneration,
+    GlmImageImageProcessor,
     T5Config,
     T5EncoderModel,
 )
@@ -154,6 +155,17 @@ def _of_folder(folder: Path, layers: int | None) -> dict[str, Callable[[], Modul
         "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
         "text_encoder": lambda: T5EncoderModel(T5Config.from_pretrained(folder / "text_encoder")),
     }
+
+
+def image_processor(sizes: Sizes) -> GlmImageImageProcessor:
+    """What brings sources to their sizes. Raises UserError where a folder does not tell."""
+    if not isinstance(sizes, Path):
+        edges = {"shortest_edge": 512**2, "longest_edge": 2048**2}
+        return GlmImageImageProcessor(patch_size=16, merge_size=1, size=edges)
+    try:
+        return GlmImageImageProcessor.from_pretrained(sizes / "processor")
+    except OSError as error:
+        raise UserError(f"processor of {str(sizes)!r}: {first_line(error)}") from error
 
 
 @contextmanager

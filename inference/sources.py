@@ -10,6 +10,7 @@ from transformers.models.glm_image.image_processing_glm_image import smart_resiz
 
 from duet.configs.errors import UserError
 from duet.configs.pictures import Stored, read_picture, shown_size
+from duet.configs.row import Row
 from duet.inference.layout import PIXELS_PER_TOKEN, Grid, Size
 
 _MOST_ASPECT = 4  # long side over short: of the image processor
@@ -42,6 +43,17 @@ def source_size(processor: GlmImageImageProcessor, stored: Stored) -> Size:
     while (again := _of_processor(processor, found.height, found.width)) != found:
         found = again
     return found
+
+
+def source_sizes(processor: GlmImageImageProcessor, row: Row) -> tuple[Size, ...]:
+    """Of a row's sources in their order. Raises UserError with the row's place."""
+    sizes = []
+    for place, stored in enumerate(row.sources):
+        try:
+            sizes.append(source_size(processor, stored))
+        except UserError as error:
+            raise UserError(f"{row.where}: sources[{place}]: {error}") from error
+    return tuple(sizes)
 
 
 def _of_processor(processor: GlmImageImageProcessor, height: int, width: int) -> Size:

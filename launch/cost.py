@@ -62,6 +62,8 @@ def costs(config: RunConfig, step: Step) -> list[Cost]:
         Cost("pixels", repeated(step.pixels.kernels, step.pictures)),
         Cost("update", repeated(step.update.kernels, step.updates)),
     ]
+    if step.source:
+        found.insert(0, Cost("sources", repeated(step.source.kernels, step.sources)))
     if step.tokens:
         found.insert(0, Cost("AR tokens", repeated(step.tokens.kernels, step.token_batches)))
     if step.reference:

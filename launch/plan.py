@@ -4,7 +4,7 @@
 
 Memory by phase and by what holds it, FLOPs, bytes and seconds of a step, and how prompts and
 samples divide. Sizes are those of the config.json files of model.path where it is a folder,
-else the released GLM-Image's.
+else the released GLM-Image's. Of datasets on this disk the edit with the most source tokens counts.
 """
 
 import argparse
@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from duet.configs.load import load_config
+from duet.configs.rows import stored_rows
 from duet.configs.schema import RunConfig
-from duet.configs.turns import turns
+from duet.configs.turns import each_beside_others, turns
 from duet.inference.shapes import Scale, Sizes
 from duet.launch.cost import CARDS, COMPUTE, COPY_BANDWIDTH, LAUNCH_SECONDS, MEMORY, Card, costs
 from duet.rewards.sizes import reward_sizes
 from duet.train.environment import Engine
-from duet.train.fitting import savings
+from duet.train.fitting import Deployment, savings
 from duet.train.geometry import changed, nearest_geometry
+from duet.train.kinds import Datasets, Kinds
+from duet.train.made_up import GLYPH_TOKENS, PROMPT_TOKENS
 from duet.train.memory import GIB, Phase, Step, peak, phases, step_of
-from duet.train.workload import GLYPH_TOKENS, PROMPT_TOKENS
 
 
 def main(arguments: list[str]) -> None:
@@ -42,15 +44,28 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.gpus < 1:
         parser.error("--gpus: 1 or more")
-    parts = turns(load_config(options.config, options.overrides)).values()
+    config = load_config(options.config, options.overrides)
+    parts = turns(config).values()
     for part in parts:
         part.require_trainable()
-    card = CARDS[options.card]
-    for part in parts:
-        beside = [other for other in parts if other is not part]
-        memory = options.memory_gib or card.gib
-        for line in page(part, beside, options.gpus, card, memory, options.engine):
+    card, kinds = CARDS[options.card], kinds_of(config)
+    memory = options.memory_gib or card.gib
+    for name, found in kinds.items():
+        told = found or "not counted, since it is not on this disk"
+        print(f"edits in data.{name} = {getattr(config.data, name)!r}: {told}")
+    datasets = Datasets(**{name: found for name, found in kinds.items() if found})
+    for each in each_beside_others(parts):
+        asked = each.own, each.others, options.gpus, card, memory, options.engine, datasets
+        for line in page(*asked):
             print(line)
+
+
+def kinds_of(config: RunConfig) -> dict[str, Kinds | None]:
+    """Of the rows of each dataset that a run reads; None where they are not on this disk."""
+    names = ("train",) if config.train.eval_steps is None else ("train", "eval")
+    rows = {name: stored_rows(config, name) for name in names}
+    sizes = sizes_of(config)
+    return {n: None if own is None else Kinds.of(own, sizes) for n, own in rows.items()}
 
 
 def page(
@@ -60,6 +75,7 @@ def page(
     card: Card,
     memory_gib: float,
     engine: Engine = "ddp",
+    datasets: Datasets = Datasets(),
 ) -> Iterator[str]:
     """Of one turn; `beside`: the run's others."""
     sizes = sizes_of(asked)
@@ -68,7 +84,7 @@ def page(
     changes = nearest_geometry(asked, gpus)
     config = changed(asked, changes)
     yield from _geometry(config, gpus, changes)
-    step = step_of(config, sizes, gpus)
+    step = step_of(config, sizes, gpus, datasets)
     found = phases(config, step, gpus, beside, engine)
     yield ""
     yield from _table(found)
@@ -81,7 +97,8 @@ def page(
     verdict = "fits" if fits else "does not fit"
     yield f"\npeak {needed:.1f} GiB in phase {worst.name!r}: {verdict} in {memory_gib:g} GiB"
     if not fits:
-        yield _advice(config, beside, sizes, gpus, memory_gib, engine)
+        memory = int(memory_gib * GIB)
+        yield _advice(config, Deployment(sizes, gpus, memory, beside, engine, datasets))
         if "reward models" in worst.held:
             yield "reward models may be on the CPU, by their args: {device: cpu}"
     yield ""
@@ -129,19 +146,9 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size else ""
 
 
-def _advice(
-    config: RunConfig,
-    beside: Sequence[RunConfig],
-    sizes: Sizes,
-    gpus: int,
-    memory_gib: float,
-    engine: Engine,
-) -> str:
+def _advice(config: RunConfig, there: Deployment) -> str:
     ways = [{}, {"tuning": "lora"}] if config.tuning == "full" else [{}]
-    memory = int(memory_gib * GIB)
-    found = [
-        (way, savings(changed(config, way), sizes, gpus, memory, beside, engine)) for way in ways
-    ]
+    found = [(way, savings(changed(config, way), there)) for way in ways]
     told = ", or with ".join(_told(way | more) for way, more in found if more is not None)
     return f"it would with {told}" if told else "no setting of Duet makes it fit"
 

@@ -1,12 +1,14 @@
 """GLM-Image at its real size with random weights: does replay equal sampling there?
 
-    python -m duet.launch.real_size [ar] [decoder] [--device cuda] [--group 8] [--small]
+    python -m duet.launch.real_size [ar] [decoder] [--device cuda] [--group 8] [--sources 1]
+        [--small]
 
 Runs the settings of `configs/glm_image/`: for the AR a group over a full 1024 px grid, for the
 decoder a window of two SDE steps. Prints the gap between sampler and training forward, what
 the gate says of it, seconds, and on a GPU peak memory beside what `duet plan` counts. One part
 is built at a time: at real size each needs a GPU with 48 GB. `--small` builds few and narrow
-layers and small pictures, for a CPU.
+layers and small pictures, for a CPU. With `--sources` it is an edit of so many pictures of its
+own size.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from duet.inference.shapes import (
 )
 from duet.train import gate
 from duet.train.gap import Gap
+from duet.train.kinds import Datasets, Kinds
 from duet.train.memory import DECODER_PARTS, GIB, step_of
 from duet.train.recompute import recompute_blocks
 from duet.train.stages import STAGES, Stage, sampled_logprobs
@@ -88,10 +91,11 @@ def latent_rollout(stage: Stage, request: Request) -> Rollout:
 ROLLOUTS = {"ar": token_rollout, "decoder": latent_rollout}
 
 
-def measure(name: str, scale: Scale, device: torch.device, samples: int) -> None:
+def measure(name: str, scale: Scale, device: torch.device, samples: int, sources: int) -> None:
     side = SIDE_PIXELS[scale]
     size = [f"sampling.height={side}", f"sampling.width={side}", f"rollout.batch_size={samples}"]
-    config = load_config(_CONFIGS / "glm_image" / f"{name}.yaml", size)
+    group = f"rollout.num_generations={max(2, samples)}"  # a batch is one group
+    config = load_config(_CONFIGS / "glm_image" / f"{name}.yaml", [*size, group])
     pipeline = build_pipeline(name, scale, device)
     part, lora = PARTS[name], config.lora
     module = part.module(pipeline)
@@ -103,8 +107,10 @@ def measure(name: str, scale: Scale, device: torch.device, samples: int) -> None
     parameters = sum(p.numel() for p in module.parameters())
     print(f"{name}: {parameters / 1e9:.2f} B parameters on {device}, {side} x {side} pixels")
     noise = stage.engine.initial_noise(0, stage.size)
-    request = Request(_PROMPT, tuple(range(samples)), stage.size, noise=noise)
-    planned = plan(config, scale)
+    pictures = tuple(Image.effect_noise((side, side), 100) for _ in range(sources))
+    request = Request(_PROMPT, tuple(range(samples)), stage.size, pictures, noise=noise)
+    request = stage.engine.ready(request)
+    planned = plan(config, scale, Kinds(not sources, (stage.size,) * sources))
     with torch.no_grad():
         rollout = _timed(device, "rollout", planned, lambda: ROLLOUTS[name](stage, request))
     batch = config.optim.per_device_train_batch_size
@@ -131,18 +137,18 @@ def backward(stage: Stage, module: torch.nn.Module, micro: Rollout) -> None:
         (scored.logprobs - stage.kl(scored, reference)).mean().backward()
 
 
-def plan(config: RunConfig, scale: Scale) -> dict[str, int]:
+def plan(config: RunConfig, scale: Scale, kinds: Kinds) -> dict[str, int]:
     """Bytes on the device at the peak of each phase, as `duet plan` counts them: of the parts
     that are built at scale, without what no allocator sees.
     """
-    step = step_of(config, scale, 1)
+    step = step_of(config, scale, 1, Datasets(kinds, kinds))
     subject = step.subject
     parts = ("vision_language_encoder",) if config.stage == "ar" else DECODER_PARTS
     masters = 4 * trained_parameters(subject)
     weights = masters + sum(weight_bytes(subject, part) for part in parts)
-    sampling = [step.tokens] if config.stage == "ar" else [step.latents, step.pixels]
+    sampling = [step.tokens] if config.stage == "ar" else [step.latents, step.pixels, step.source]
     return {
-        "rollout": weights + max(sum(work.held.values()) for work in sampling),
+        "rollout": weights + max(max(work.peaks) for work in sampling if work),
         "replay": weights + sum(step.rescore.held.values()),
         "update": weights + masters + sum(step.update.held.values()),
     }
@@ -176,6 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(PARTS)}; all if none")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--group", type=int, default=8, help="samples of the group")
+    parser.add_argument("--sources", type=int, default=0, help="pictures that it is an edit of")
     parser.add_argument("--small", action="store_true", help="few and narrow layers")
     options = parser.parse_args(arguments)
     unknown = set(options.stages) - set(PARTS)
@@ -183,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown stage {sorted(unknown)}: allowed are {', '.join(PARTS)}")
     for name in options.stages or PARTS:
         scale = SMALL if options.small else REAL
-        measure(name, scale, pick_device(options.device), options.group)
+        measure(name, scale, pick_device(options.device), options.group, options.sources)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from duet.inference.sources import source_size
 from duet.train.recompute import recompute_blocks
 from duet.train.tiny.gaps import walk
 from tests.conftest import MODEL, SIZE
+from tests.stock import stock_inputs, stock_logits
 
 EDIT = 'make the background blue and the word "HAT"'
 BLEND = "the circle of the first on the second"
@@ -64,26 +65,10 @@ def engine_of(
     return Engine(pipeline, sampling, SdeConfig(noise_level=noise), progress=False, **more)
 
 
-def stock_inputs(engine: Engine, request: Request) -> dict:
-    """What the stock processor makes of a ready request."""
-    content = [{"type": "image", "image": source} for source in request.sources]
-    content.append({"type": "text", "text": request.prompt})
-    return engine.pipeline.processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={
-            "target_h": request.size.height,
-            "target_w": request.size.width,
-            "return_tensors": "pt",
-        },
-    )
-
-
 def stock_pixels(engine: Engine, request: Request, prior: torch.Tensor) -> np.ndarray:
     """By `GlmImagePipeline`, which encodes the sources itself; the AR gives its tokens of them."""
     grids = [Size(s.height, s.width).grid for s in request.sources]
-    inputs = stock_inputs(engine, request)
+    inputs = stock_inputs(engine.pipeline.processor, request)
     ar, of_sources = engine.pipeline.vision_language_encoder, inputs["image_grid_thw"][:-1]
     features = ar.get_image_features(inputs["pixel_values"], of_sources).pooler_output
     tokens = ar.get_image_tokens(features).split([grid.count for grid in grids])
@@ -151,7 +136,7 @@ def test_every_source_finds_a_size_that_the_processor_leaves_as_it_is(bounds):
 def test_positions_are_those_that_the_model_works_out(tuned, name):
     engine = engine_of(tuned)
     asked = engine.ready(Request(EDIT, (1,), SIZE, SOURCES[name]))
-    ours, inputs = engine.prompt(asked), stock_inputs(engine, asked)
+    ours, inputs = engine.prompt(asked), stock_inputs(tuned.processor, asked)
     ar = tuned.vision_language_encoder
     positions, _ = ar.model.get_rope_index(inputs["input_ids"], inputs["image_grid_thw"])
     assert torch.equal(ours.positions, positions[:, 0])
@@ -180,24 +165,12 @@ def test_logits_are_stock_generations(tuned, name):
     engine, ar = engine_of(tuned), tuned.vision_language_encoder
     asked = engine.ready(Request(EDIT, (1,), SIZE, SOURCES[name]))
     tokens = [7, 200, 31, 5, 90, 255]
-    forced = iter(tokens)
-
-    def follow(_, scores):
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([next(forced)]), 0.0)
-
-    stock = ar.generate(
-        **stock_inputs(engine, asked),
-        max_new_tokens=6,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        logits_processor=[follow],
-    ).logits
+    stock = stock_logits(ar, stock_inputs(tuned.processor, asked), tokens)
     other = engine.prompt(engine.ready(Request("a card", (1,), SIZE, ONE + TWO)))
     with torch.no_grad():
         decoder = TokenDecoder(ar, [TokenJob(engine.prompt(asked), 0), TokenJob(other, 0)])
         for n, token in enumerate(tokens):
-            assert float((decoder.logits[0] - stock[n][0]).abs().max()) < 1e-4
+            assert float((decoder.logits[0] - stock[n]).abs().max()) < 1e-4
             if n + 1 < len(tokens):
                 decoder.step(torch.tensor([token, token]))
 

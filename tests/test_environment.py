@@ -10,7 +10,12 @@ import pytest
 
 from duet.configs.environment import require_shared_work
 from duet.configs.errors import UserError
-from duet.train.environment import engine, engine_of, hybrid, require_own_settings
+from duet.train.environment import (
+    hybrid,
+    require_own_settings,
+    sharding_engine,
+    sharding_engine_of,
+)
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 ZERO3 = ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -89,11 +94,11 @@ def test_a_setting_of_an_engine_that_is_not_asked_for_is_refused(small_run, name
     ],
 )
 def test_the_engine_is_the_one_asked_for(small_run, monkeypatch, environment, chosen):
-    assert engine_of(environment) == chosen
+    assert sharding_engine_of(environment) == chosen
     require_own_settings(environment, small_run("decoder"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert engine() == chosen and not hybrid()
+    assert sharding_engine() == chosen and not hybrid()
     monkeypatch.setenv("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD")
     assert hybrid()
 

@@ -22,6 +22,7 @@ from duet.inference.pictures import encode_prior
 from duet.inference.prompt import PromptBatch, text_grids, text_prompt
 from duet.inference.rollout import Request
 from tests.conftest import SAMPLING, SIZE
+from tests.stock import stock_inputs, stock_logits
 
 CARD = 'a red card with the white word "CAT"'
 LONG = 'a blue card with a red circle on the left and the black word "HELLO"'
@@ -119,27 +120,8 @@ def test_our_replay_equals_stock_generation_logits(pipeline):
     """Greedy tokens of transformers' own `generate` score as its own logits say."""
     model, engine = pipeline.vision_language_encoder, Engine(pipeline, SAMPLING, progress=False)
     trajectory = engine.rollout([request()])[0].tokens
-    content = [{"type": "text", "text": CARD}]
-    inputs = pipeline.processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"target_h": 64, "target_w": 96, "return_tensors": "pt"},
-    )
-    forced = iter(trajectory.tokens[0].tolist())
-
-    def follow(_, scores):
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([next(forced)]), 0.0)
-
-    output = model.generate(
-        **inputs,
-        max_new_tokens=253,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        logits_processor=[follow],
-    )
-    logits = torch.stack(output.logits, 1)[..., :256].float()
+    inputs = stock_inputs(pipeline.processor, request())
+    logits = stock_logits(model, inputs, trajectory.tokens[0].tolist())[None, :, :256].float()
     expected = logits.log_softmax(-1).gather(-1, trajectory.tokens[..., None])[..., 0]
     assert float((trajectory.logprobs - expected).abs().max()) < 1e-4
 

@@ -21,9 +21,10 @@ from duet.inference.layout import Size
 from duet.inference.shapes import Scale
 from duet.launch import cost, plan
 from duet.train.environment import Engine
-from duet.train.fitting import require_fit, savings
+from duet.train.fitting import Deployment, require_fit, savings
 from duet.train.footprint import Kernel, without_values
 from duet.train.geometry import changed, geometry, nearest_geometry
+from duet.train.made_up import Batch, Scoring
 from duet.train.memory import (
     GIB,
     engine_batches,
@@ -34,7 +35,6 @@ from duet.train.memory import (
     trained_of,
 )
 from duet.train.workload import (
-    Scoring,
     Subject,
     latents,
     tokens,
@@ -155,13 +155,14 @@ def test_what_is_counted_is_what_autograd_saves(stage, component, call, pipeline
 
 @pytest.mark.parametrize("piece", [tokens, latents])
 def test_a_piece_that_samples_is_counted_once_whatever_learns(piece):
-    asked, recomputed = (SamplingConfig(height=64, width=96), 2), replace(TINY_DIT, recomputed=True)
-    assert piece(TINY_DIT, *asked) is piece(recomputed, *asked)
-    one, other = (piece.__wrapped__(s, *asked) for s in (TINY_DIT, recomputed))
+    asked = Batch(SamplingConfig(height=64, width=96), 2)
+    recomputed = replace(TINY_DIT, recomputed=True)
+    assert piece(TINY_DIT, asked) is piece(recomputed, asked)
+    one, other = (piece.__wrapped__(s, asked) for s in (TINY_DIT, recomputed))
     assert one == other, "counted anew it is the same"
     other = replace(TINY_DIT, lora=replace(LORA, rank=8))
     shows = piece is latents  # the LoRA is the decoder's
-    assert (piece(TINY_DIT, *asked) != piece(other, *asked)) == shows
+    assert (piece(TINY_DIT, asked) != piece(other, asked)) == shows
 
 
 def test_a_picture_at_a_time_leaves_the_vae_where_the_plan_counts_one(monkeypatch):
@@ -277,15 +278,16 @@ def test_the_plan_of_an_engine_is_asked_for_by_name(capsys):
 def test_what_does_not_fit_is_refused_with_what_would():
     config = load_config(REAL["decoder"], ["optim.gradient_checkpointing=false"])
     with pytest.raises(UserError, match=r"GPU has 80\.0 GiB and the phase 'update' needs 8\d\.\d"):
-        require_fit(config, Scale(), 1, 80 * GIB)
-    found = savings(config, Scale(), 1, 80 * GIB)
+        require_fit(config, Deployment(Scale(), 1, 80 * GIB))
+    found = savings(config, Deployment(Scale(), 1, 80 * GIB))
     assert found == {"optim.gradient_checkpointing": True}
     better = changed(config, found)
-    require_fit(better, Scale(), 1, 80 * GIB)
-    assert savings(better, Scale(), 1, 80 * GIB) == {}
-    assert savings(better, Scale(), 1, 40 * GIB) == {"model.offload": "phase"}
-    assert savings(better, Scale(), 1, 15 * GIB) is None
-    ar = savings(load_config(REAL["ar"]), Scale(), 1, 27 * GIB)  # two phases are in the way
+    require_fit(better, Deployment(Scale(), 1, 80 * GIB))
+    assert savings(better, Deployment(Scale(), 1, 80 * GIB)) == {}
+    assert savings(better, Deployment(Scale(), 1, 40 * GIB)) == {"model.offload": "phase"}
+    assert savings(better, Deployment(Scale(), 1, 15 * GIB)) is None
+    # two phases are in the way
+    ar = savings(load_config(REAL["ar"]), Deployment(Scale(), 1, 27 * GIB))
     assert ar["model.offload"] == "phase" and ar["optim.per_device_train_batch_size"] == 1
     assert ar["rollout.batch_size"] < 32 and "optim.gradient_checkpointing" not in ar
 
@@ -365,11 +367,11 @@ def test_what_is_refused_has_its_turns_and_its_engine():
     parts = turns(load_config(ROOT / "configs" / "tiny" / "both.yaml", ["rollout.batch_size=2"]))
     own, told = parts["decoder"], ([parts["ar"]], "fsdp2")
     most = peak(phases(own, step_of(own, MODEL, 2), 2, *told)).total
-    require_fit(own, MODEL, 2, most, *told)
-    assert savings(own, MODEL, 2, most, *told) == {}
-    found = savings(own, MODEL, 2, most - 1, *told)
+    require_fit(own, Deployment(MODEL, 2, most, *told))
+    assert savings(own, Deployment(MODEL, 2, most, *told)) == {}
+    found = savings(own, Deployment(MODEL, 2, most - 1, *told))
     with pytest.raises(UserError, match="plan CONFIG --gpus 2 --engine fsdp2 --memory-gib"):
-        require_fit(own, MODEL, 2, most - 1, *told)
+        require_fit(own, Deployment(MODEL, 2, most - 1, *told))
     page = list(plan.page(own, told[0], 2, cost.CARDS["h100"], (most - 1) / GIB, told[1]))
     assert (
         found and f"it would with {' '.join(f'{k}={v}'.lower() for k, v in found.items())}" in page
@@ -399,9 +401,9 @@ def test_full_tuning_that_does_not_fit_is_told_of_lora(capsys):
 
 def test_the_tiny_configs_need_little():
     config = load_config(ROOT / "configs" / "tiny" / "decoder.yaml")
-    require_fit(config, plan.sizes_of(config), 1, 4 * GIB)
+    require_fit(config, Deployment(plan.sizes_of(config), 1, 4 * GIB))
     with pytest.raises(UserError, match="CUDA context"):
-        require_fit(config, MODEL, 1, GIB)
+        require_fit(config, Deployment(MODEL, 1, GIB))
     assert plan.sizes_of(load_config(REAL["ar"])) == Scale()
 
 

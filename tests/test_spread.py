@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from duet.configs.errors import UserError
 from duet.launch import cli, spread
-from duet.train.environment import engine_of, require_own_settings
+from duet.train.environment import require_own_settings, sharding_engine_of
 from tests.conftest import ROOT
 
 FILES = {path.stem: path for path in sorted(spread.FOLDER.glob("*.yaml"))}
@@ -66,7 +66,7 @@ def test_a_packaged_file_asks_for_its_engine_and_nothing_that_is_refused(
     assert (asked.training_script, asked.training_script_args) == (
         "duet.train.__main__", ["run.yaml", "seed=1"]
     )  # fmt: skip
-    assert asked.module and engine_of(environment) == ENGINES[name]
+    assert asked.module and sharding_engine_of(environment) == ENGINES[name]
     require_own_settings(environment, small_run("ar", "train.mixed_precision=bf16"))
     hybrid = environment.get("FSDP_SHARDING_STRATEGY") == "HYBRID_SHARD"
     assert hybrid == (name == "multi_node")
@@ -163,7 +163,7 @@ def test_the_batch_file_starts_one_launcher_a_machine(launched, small_run):
     assert (asked.nnodes, asked.nproc_per_node, asked.node_rank) == ("4", "8", 3)
     assert asked.rdzv_endpoint.startswith("node0:") and asked.training_script == "duet.train"
     assert asked.training_script_args == ["run.yaml", "train.resume=latest"]
-    assert engine_of(environment) == "fsdp2"
+    assert sharding_engine_of(environment) == "fsdp2"
     require_own_settings(environment, small_run("ar"))
 
 

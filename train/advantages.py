@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet.configs.schema import GrpoConfig
+from duet.configs.update_schema import GrpoConfig
 
 NOT_APPLICABLE = -math.inf  # in a table of scores: no reward may answer it
 _EPSILON = 1e-4  # TRL's guard in the denominator

@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from duet.configs.schema import AverageConfig
+from duet.configs.update_schema import AverageConfig
 
 _STATE = "duet_average.json"
 

@@ -2,7 +2,7 @@
 
 from torch.distributed import is_initialized
 
-from duet.train.environment import Engine, engine
+from duet.train.environment import Engine, sharding_engine
 from duet.train.fully_sharded import FullySharded
 from duet.train.sharding import Sharding
 from duet.train.zero import Zero2, Zero3
@@ -16,4 +16,4 @@ def sharding_of(engine: Engine) -> type[Sharding]:
 
 def chosen_sharding() -> type[Sharding]:
     """What accelerate's environment asks for; a process without others has nothing to share."""
-    return sharding_of(engine()) if is_initialized() else Sharding
+    return sharding_of(sharding_engine()) if is_initialized() else Sharding

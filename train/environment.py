@@ -71,16 +71,16 @@ _FSDP: Rules = {
 _ENGINES: Mapping[str | None, Rules] = {None: {}, "DEEPSPEED": _DEEPSPEED, "FSDP": _FSDP}
 
 
-def engine() -> Engine:
+def sharding_engine() -> Engine:
     """What spreads the run over its processes, as accelerate's environment asks for it.
 
     DDP is where nothing is asked, also for one process. Raises UserError for an engine that Duet
     does not train by.
     """
-    return engine_of(os.environ)
+    return sharding_engine_of(os.environ)
 
 
-def engine_of(environment: Mapping[str, str]) -> Engine:
+def sharding_engine_of(environment: Mapping[str, str]) -> Engine:
     kind = sharding(environment)
     if kind is None:
         return "ddp"
@@ -105,7 +105,8 @@ def require_own_settings(environment: Mapping[str, str], config: RunConfig) -> N
 
     What `accelerate launch` sets by itself (no mixed precision, no compiler) passes.
     """
-    chosen, optims = engine_of(environment), [part.optim for part in turns(config).values()]
+    chosen = sharding_engine_of(environment)
+    optims = [part.optim for part in turns(config).values()]
     rules = common_rules(config.train.mixed_precision, config.model.device)
     for name, setting, same in (
         ("ACCUMULATION_STEPS", "gradient_accumulation_steps", str.__eq__),

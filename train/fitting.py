@@ -2,6 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from duet.configs.errors import UserError
@@ -9,26 +10,32 @@ from duet.configs.schema import RunConfig
 from duet.inference.shapes import Sizes
 from duet.train.environment import Engine
 from duet.train.geometry import changed
-from duet.train.memory import GIB, peak, phases, step_of
+from duet.train.kinds import Datasets
+from duet.train.memory import GIB, Phase, peak, phases, step_of
 
 
-def savings(
-    config: RunConfig,
-    sizes: Sizes,
-    processes: int,
-    memory: int,
-    beside: Sequence[RunConfig] = (),
-    engine: Engine = "ddp",
-) -> dict[str, Any] | None:
-    """The settings that make it fit, the cheapest first; None: no setting does.
+@dataclass(frozen=True)
+class Deployment:
+    """Where a config is to run, and what it meets there."""
 
-    `beside`, `engine`: as in `phases`.
-    """
+    sizes: Sizes  # of the model
+    processes: int
+    memory: int  # bytes of each process's device
+    beside: Sequence[RunConfig] = ()  # as in `phases`
+    engine: Engine = "ddp"
+    datasets: Datasets = Datasets()
+
+    def peak(self, config: RunConfig) -> Phase:
+        step = step_of(config, self.sizes, self.processes, self.datasets)
+        return peak(phases(config, step, self.processes, self.beside, self.engine))
+
+
+def savings(config: RunConfig, there: Deployment) -> dict[str, Any] | None:
+    """The settings that make it fit, the cheapest first; None: no setting does."""
 
     def fits(applied: Sequence[dict[str, Any]]) -> bool:
         now = changed(config, dict(ChainMap(*reversed(applied))))
-        step = step_of(now, sizes, processes)
-        return peak(phases(now, step, processes, beside, engine)).total <= memory
+        return there.peak(now).total <= there.memory
 
     applied: list[dict[str, Any]] = []
     for saving in _savings(config):
@@ -56,25 +63,15 @@ def _savings(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"rollout.batch_size": size}
 
 
-def require_fit(
-    config: RunConfig,
-    sizes: Sizes,
-    processes: int,
-    memory: int,
-    beside: Sequence[RunConfig] = (),
-    engine: Engine = "ddp",
-) -> None:
-    """Raises UserError where a step needs more than the device's `memory` in bytes.
-
-    `beside`, `engine`: as in `phases`.
-    """
-    worst = peak(phases(config, step_of(config, sizes, processes), processes, beside, engine))
-    if worst.total <= memory:
+def require_fit(config: RunConfig, there: Deployment) -> None:
+    """Raises UserError where a step needs more than the device has."""
+    worst = there.peak(config)
+    if worst.total <= there.memory:
         return
-    largest = max(worst.held, key=worst.held.get)
+    largest, memory = max(worst.held, key=worst.held.get), there.memory / GIB
     raise UserError(
-        f"the GPU has {memory / GIB:.1f} GiB and the phase {worst.name!r} needs "
+        f"the GPU has {memory:.1f} GiB and the phase {worst.name!r} needs "
         f"{worst.total / GIB:.1f} GiB, {worst.held[largest] / GIB:.1f} of them {largest}: "
-        f"`duet plan CONFIG --gpus {processes} --engine {engine} --memory-gib "
-        f"{memory / GIB:.0f}` tells which settings fit"
+        f"`duet plan CONFIG --gpus {there.processes} --engine {there.engine} --memory-gib "
+        f"{memory:.0f}` tells which settings fit"
     )

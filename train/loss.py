@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from duet.configs.schema import GrpoConfig
+from duet.configs.update_schema import GrpoConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Memory on the device by phase and by what holds it, counted before any weight is read."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from duet.configs.reward_schema import RewardConfig
@@ -13,51 +13,14 @@ from duet.train import workload
 from duet.train.engines import sharding_of
 from duet.train.environment import Engine
 from duet.train.geometry import geometry, sizes_on_first
+from duet.train.holdings import Parts, Trained, always_held, held_weights
+from duet.train.kinds import Datasets, Kinds
+from duet.train.made_up import Batch, Scoring
 from duet.train.prior_cache import PriorCache
-from duet.train.workload import Scoring, Subject, Work
+from duet.train.workload import Subject, Work
 
 GIB = 2**30
-RESERVE = 2 * GIB  # assumed: CUDA context, workspaces of cuBLAS and cuDNN, fragments
-_ZERO_BUCKET = 500_000_000  # gradients; DeepSpeed's reduce_bucket_size
 DECODER_PARTS = ("transformer", "vae", "text_encoder")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What of a part is trained, as memory counts it."""
-
-    component: str
-    parameters: int
-    frozen: int  # bytes of the part's weights that are not trained
-    bytes_each: int = 4  # of a master and of its gradient: float32
-    states: int = 2  # copies that the optimizer holds: AdamW's two moments
-    copies: int = 0  # others on the device: an average
-
-    @property
-    def copy(self) -> int:
-        """Bytes of all parameters once."""
-        return self.parameters * self.bytes_each
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Into how many parts an engine cuts what is trained; a process holds one of each."""
-
-    state: int = 1  # the optimizer's, and gradients
-    weights: int = 1  # of the whole module
-    masters: int = 0  # copies of the weights that the engine's optimizer works on
-
-    @classmethod
-    def of(cls, engine: Engine, processes: int) -> "Parts":
-        match engine:
-            case "zero2":
-                return cls(processes, masters=1)
-            case "zero3":
-                return cls(processes, processes, masters=1)
-            case "fsdp2":
-                return cls(processes, processes)
-            case _:
-                return cls()
 
 
 @dataclass(frozen=True)
@@ -83,6 +46,8 @@ class Step:
     latent_batches: int
     pixels: Work
     pictures: int
+    source: Work | None  # of the largest, into the VAE; None: there are no edits
+    sources: int
     update: Work
     updates: int  # forward and backward passes
     reference: Work | None  # None: no KL is asked for
@@ -111,44 +76,82 @@ def trained_of(config: RunConfig, subject: Subject) -> Trained:
     return Trained(component, workload.trained_parameters(subject), frozen, copies=copies)
 
 
-def step_of(config: RunConfig, sizes: Sizes, processes: int) -> Step:
-    """Of a geometry that divides."""
-    subject, sampling, sde = subject_of(config, sizes), config.sampling, config.sde
-    sizes_of_groups = sizes_on_first(config, processes)
-    own = sum(sizes_of_groups)
-    drawn = engine_batches(sizes_of_groups, config.rollout.batch_size)
+def step_of(
+    config: RunConfig, sizes: Sizes, processes: int, datasets: Datasets = Datasets()
+) -> Step:
+    """Of a geometry that divides, with those rows that need most."""
+    subject, kinds = subject_of(config, sizes), datasets.train
+    groups, cap = sizes_on_first(config, processes), config.rollout.batch_size
+    own, drawn = sum(groups), engine_batches(groups, cap)
+    together = max(map(len, pack(groups, cap, weight=lambda n: n)))  # groups in a batch
     # the decoder's priors: one a prompt, all in one call
-    priors = engine_batches([len(sizes_of_groups)], config.rollout.batch_size)
-    written = drawn if config.stage == "ar" else priors
-    samples = config.optim.per_device_train_batch_size
-    micro = own // samples
-    window = sde.window_size if config.stage == "decoder" else 1
+    written = drawn if config.stage == "ar" else engine_batches([len(groups)], cap)
+    prompts = together if config.stage == "ar" else max(written)
+    cached = PriorCache.of(config) is not None
+    micro = own // config.optim.per_device_train_batch_size
+    window = config.sde.window_size if config.stage == "decoder" else 1
     at_once = min(window, config.optim.steps_per_backward or window)
-    piece, whole = (Scoring(sampling, sde, samples, steps) for steps in (at_once, window))
     pieces = micro * (window // at_once)
+
+    def scored(run: Callable[..., Work], steps: int, *more: bool) -> Work:
+        asked = _scorings(config, groups, steps, kinds)
+        return _heaviest(run(subject, each, *more) for each in asked)
+
     return Step(
         subject,
-        workload.tokens(subject, sampling, max(written)) if PriorCache.of(config) is None else None,
+        None if cached else _tokens(subject, config, max(written), prompts, kinds),
         len(written),
-        workload.latents(subject, sampling, max(drawn)),
+        _latents(subject, config, max(drawn), together, kinds),
         len(drawn),
-        workload.pixels(subject, sampling),
+        workload.pixels(subject, config.sampling),
         own,
-        workload.update(subject, piece),
+        _source(subject, kinds),
+        len(groups) * len(kinds.edit),
+        scored(workload.update, at_once),
         pieces * config.grpo.num_iterations,
-        workload.scoring(subject, piece, True) if config.grpo.beta > 0 else None,
+        scored(workload.scoring, at_once, True) if config.grpo.beta > 0 else None,
         pieces,
-        workload.scoring(subject, whole, False),
+        scored(workload.scoring, window, False),
         micro if _rescored(config, processes) else 0,
-        _held_out(config, subject),
+        _held_out(config, subject, datasets.eval),
     )
 
 
-def _held_out(config: RunConfig, subject: Subject) -> tuple[Work, Work] | None:
+def _tokens(subject: Subject, config: RunConfig, samples: int, prompts: int, kinds: Kinds) -> Work:
+    batches = (Batch(config.sampling, samples, prompts, kind) for kind in kinds.single())
+    return _heaviest(workload.tokens(subject, batch) for batch in batches)
+
+
+def _latents(subject: Subject, config: RunConfig, samples: int, groups: int, kinds: Kinds) -> Work:
+    return workload.latents(subject, Batch(config.sampling, samples, groups, kinds.single()[-1]))
+
+
+def _source(subject: Subject, kinds: Kinds) -> Work | None:
+    largest = max(kinds.edit, key=lambda size: size.grid.count, default=None)
+    return None if largest is None else workload.source_latents(subject, largest)
+
+
+def _scorings(config: RunConfig, groups: Sequence[int], steps: int, kinds: Kinds) -> list[Scoring]:
+    """Alternatives of what one training forward scores: the AR's takes text and edits together,
+    the DiT's one kind.
+    """
+    samples = config.optim.per_device_train_batch_size
+    owners = [group for group, size in enumerate(groups) for _ in range(size)]
+    at_once = max(len({owners[i] for i in batch}) for batch in pack(owners, samples))
+    ways = [kinds] if config.stage == "ar" and samples > 1 else kinds.single()
+    return [Scoring(config.sampling, config.sde, samples, steps, at_once, way) for way in ways]
+
+
+def _heaviest(works: Iterable[Work]) -> Work:
+    return max(works, key=lambda work: max(work.peaks))
+
+
+def _held_out(config: RunConfig, subject: Subject, kinds: Kinds) -> tuple[Work, Work] | None:
     if config.train.eval_steps is None:
         return None
-    asked = subject, config.sampling, config.rollout.batch_size
-    return workload.tokens(*asked), workload.latents(*asked)
+    samples = config.rollout.batch_size
+    asked = subject, config, samples, -(-samples // config.eval.images_per_prompt), kinds
+    return _tokens(*asked), _latents(*asked)
 
 
 def _rescored(config: RunConfig, processes: int) -> bool:
@@ -180,14 +183,14 @@ def phases(
     offloads, turns = config.model.offload == "phase", (config, *beside)
     trained = [trained_of(turn, subject_of(turn, step.subject.sizes)) for turn in turns]
     parts = Parts.of(engine, processes)
-    always = _always(trained, processes, engine)
+    always = always_held(trained, processes, engine)
     stays = () if sharding_of(engine).movable else tuple(t.component for t in trained)
     judges = turns[:1] if offloads else turns
     rewards = reward_sizes(r for turn in judges for r in _rewards(turn))
 
     def whole(phase: Phase) -> Phase:
         present = {*phase.needs, *stays} if offloads else set(step.read)
-        weights = _weights(step.subject, trained, present, parts, phase.learns)
+        weights = held_weights(step.subject, trained, present, parts, phase.learns)
         judging = {} if offloads and phase.learns else {"reward models": rewards.bytes}
         held = weights | phase.held | always | judging
         return replace(phase, held={name: size for name, size in held.items() if size})
@@ -206,6 +209,8 @@ def _sampling(step: Step) -> Iterator[Phase]:
     """Each with what its work holds alone."""
     if step.tokens:
         yield Phase("AR tokens", step.tokens.held, ("vision_language_encoder",))
+    if step.source:
+        yield Phase("sources", {"VAE encode": step.source.held["working set"]}, DECODER_PARTS)
     yield Phase("latents", step.latents.held, DECODER_PARTS)
     yield Phase("pixels", {"VAE decode": step.pixels.held["working set"]}, DECODER_PARTS)
     yield Phase("rewards", {}, DECODER_PARTS)
@@ -231,51 +236,6 @@ def _learning(step: Step, own: Trained, parts: Parts) -> Iterator[Phase]:
     # AdamW works on all parameters at once, with one more copy of them
     copy = {"working set": own.copy // parts.state}
     yield phase("optimizer step", waiting | compared | copy)
-
-
-def _weights(
-    subject: Subject,
-    trained: Collection[Trained],
-    present: Collection[str],
-    parts: Parts,
-    learns: bool,
-) -> dict[str, int]:
-    """The model's, of the components that are `present`. What is cut is gathered whole to sample,
-    and a block at a time to learn.
-    """
-    here = [t for t in trained if t.component in present]
-    others = set(present) - {t.component for t in here}
-    frozen = sum(workload.weight_bytes(subject, c) for c in others)
-    held = {"frozen weights": frozen}
-    if parts.weights == 1 or not learns:
-        held["frozen weights"] += sum(t.frozen for t in here)
-        held["trained weights"] = sum(t.copy for t in here)
-    if parts.weights > 1:
-        cut = sum(t.frozen + t.copy for t in here)
-        held["shards of the trained parts"] = cut // parts.weights
-    if parts.weights > 1 and learns:  # the one that runs, the next, and a gradient
-        held["gathered blocks"] = 3 * workload.block_bytes(subject)
-    return held
-
-
-def _always(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
-    """What is there in every phase."""
-    parts = Parts.of(engine, processes)
-    return {
-        "optimizer state": sum((t.states + parts.masters) * t.copy for t in trained) // parts.state,
-        "copies of the trained weights": sum(t.copies * t.copy for t in trained) // parts.weights,
-        **_buckets(trained, processes, engine),
-        "CUDA context, workspaces (assumed)": RESERVE,
-    }
-
-
-def _buckets(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
-    """What gradients are sent in; FSDP2 sends them block by block."""
-    if processes == 1 or engine == "fsdp2":
-        return {}
-    if engine == "ddp":
-        return {"DDP buckets": sum(t.copy for t in trained)}
-    return {"ZeRO's buckets": sum(min(t.parameters, _ZERO_BUCKET) * t.bytes_each for t in trained)}
 
 
 def peak(found: Sequence[Phase]) -> Phase:

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from duet.configs.errors import UserError
-from duet.configs.schema import AverageConfig, OptimConfig
+from duet.configs.update_schema import AverageConfig, OptimConfig
 from duet.inference.adapters import adapter_disabled
 from duet.inference.together import together
 from duet.inference.trained import AVERAGE

@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from duet.configs.schema import OptimConfig
+from duet.configs.update_schema import OptimConfig
 
 # transformers' own `constant` would leave out a warm-up that is set
 _NAMES = {"constant": "constant_with_warmup"}

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from duet.configs.errors import UserError, tell
 from duet.configs.row import Row
 from duet.configs.rows import rows_of
 from duet.configs.schema import RunConfig
-from duet.configs.turns import rollouts_of, trained_rewards, turns
+from duet.configs.turns import each_beside_others, rollouts_of, trained_rewards, turns
 from duet.inference.empty import build_empty, weights_of
 from duet.inference.engine import Engine
 from duet.inference.layout import Size
@@ -27,11 +28,12 @@ from duet.inference.together import from_main
 from duet.train import gate
 from duet.train.checkpoint import load_checkpoint
 from duet.train.engines import chosen_sharding
-from duet.train.environment import engine, processes_alone, require_own_settings
-from duet.train.fitting import require_fit
-from duet.train.geometry import geometry
+from duet.train.environment import processes_alone, require_own_settings, sharding_engine
+from duet.train.fitting import Deployment, require_fit
+from duet.train.geometry import Geometry, geometry
 from duet.train.given import Given, given, load_given
 from duet.train.held_out import HeldOut, evaluation_id
+from duet.train.kinds import Datasets, Kinds
 from duet.train.policy import Policy
 from duet.train.prior_cache import PriorCache, check_cache
 from duet.train.prior_stamp import make_stamp
@@ -40,11 +42,29 @@ from duet.train.prompts import untold_text
 from duet.train.recompute import recompute_blocks
 from duet.train.resume import Start, find_start, read_inputs
 from duet.train.run import Run, Training
-from duet.train.scoring import load_scorers, require_whole_groups
+from duet.train.scoring import Loaded, load_scorers, require_whole_groups
 from duet.train.signals import Signals
 from duet.train.stages import STAGES, Stage
 from duet.train.trackers import prepare_trackers, tracker_arguments
 from duet.train.tuning import tuning_of
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is known of a run before a weight is read."""
+
+    config: RunConfig
+    parts: Mapping[str, RunConfig]
+    accelerator: Accelerator
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
+    divided: Mapping[str, Geometry]  # by part
+    begun: Mapping[str, Given]
+    start: Start
+
+    @property
+    def shows(self) -> bool:
+        return self.accelerator.is_local_main_process
 
 
 def prepare(config: RunConfig) -> Training:
@@ -52,6 +72,33 @@ def prepare(config: RunConfig) -> Training:
 
     Raises UserError for anything the user can mend.
     """
+    asked = _ask(config)
+    _require_fit(asked)
+    outline, size = read_outline(config.model.path), Size.of(config.sampling)
+    for each in (asked.rows, asked.held_out):
+        check_prompts(outline, each, size, asked.shows)
+    unread = _unread(asked)
+    loaded = _load_scorers(asked)
+    set_seed(config.seed)
+    empty = _empty(asked.parts)
+    pipeline = _pipeline(asked, unread, empty)
+    runs = _runs(asked, pipeline, loaded, empty)
+    judged = HeldOut(asked.held_out, loaded.judges, evaluation_id(config, asked.held_out))
+    first = next(iter(runs.values()))  # what is judged is what trains
+    training = Training(config, asked.accelerator, runs, asked.start, first.signals, judged)
+    if asked.start.checkpoint:
+        load_checkpoint(training.policies, asked.start.checkpoint)
+    gate.check_schedule(first.stage.engine, size)
+    with first.sampling():
+        _check_pictures(first.stage.engine, asked.rows, size, config.arithmetic.precision)
+    if asked.accelerator.is_main_process:
+        trackers = tracker_arguments(config, asked.start)
+        asked.accelerator.init_trackers("duet", init_kwargs=trackers)
+    return training
+
+
+def _ask(config: RunConfig) -> _Asked:
+    """Read the rows and where the run begins; what does not go together is refused."""
     parts = turns(config)
     for part in parts.values():
         part.require_trainable()
@@ -69,72 +116,20 @@ def prepare(config: RunConfig) -> Training:
     start = from_main(
         accelerator, lambda: find_start(config, processes, read_inputs(config, rows, begun))
     )
-    if accelerator.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-        for part in parts.values():
-            beside = [other for other in parts.values() if other is not part]
-            sizes = model_folder(config.model.path)
-            require_fit(part, sizes, processes, memory, beside, engine())
-    outline = read_outline(config.model.path)
-    size = Size.of(config.sampling)
-    for each in (rows, held_out):
-        check_prompts(outline, each, size, show)
-    unread = _unread(parts, rows, start, begun, accelerator)
-    loaded = load_scorers(config, parts)
-    for name, part in parts.items():
-        if divided[name].spread:
-            require_whole_groups(loaded.scorers[name], part, processes)
-    set_seed(config.seed)
-    empty = _empty(parts)
-    pipeline = _pipeline(config, accelerator, unread, empty)
-    frozen = [p.name for p in PARTS.values() if p.name not in parts and p.component not in unread]
-    load_given(pipeline, begun, frozen)
-    stages = {
-        name: STAGES[name](Engine.of(pipeline, part, show), part) for name, part in parts.items()
-    }
-    if not chosen_sharding().movable:  # whatever `model.offload` moves
-        for stage in stages.values():
-            stage.engine.placement.fixed |= {PARTS[name].component for name in parts}
-    policies = {
-        name: _policy(
-            part,
-            stages[name],
-            accelerator,
-            start,
-            begun.get(name),
-            divided[name].updates,
-            name in empty,
-        )
-        for name, part in parts.items()
-    }
-    wait_at_most(config.train.ddp_timeout)
-    signals = Signals()
-    runs = {
-        name: Run(
-            part,
-            accelerator,
-            divided[name],
-            stages[name],
-            policies[name],
-            policies,
-            loaded.scorers[name],
-            torch.tensor([r.weight for r in part.rewards]),
-            rows,
-            signals,
-        )
-        for name, part in parts.items()
-    }
-    judged = HeldOut(held_out, loaded.judges, evaluation_id(config, held_out))
-    training = Training(config, accelerator, runs, start, signals, judged)
-    if start.checkpoint:
-        load_checkpoint(policies, start.checkpoint)
-    first = next(iter(runs.values()))  # what is judged is what trains
-    gate.check_schedule(first.stage.engine, size)
-    with first.sampling():
-        _check_pictures(first.stage.engine, rows, size, config.arithmetic.precision)
-    if accelerator.is_main_process:
-        accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
-    return training
+    return _Asked(config, parts, accelerator, rows, held_out, divided, begun, start)
+
+
+def _require_fit(asked: _Asked) -> None:
+    device = asked.accelerator.device
+    if device.type != "cuda":
+        return
+    memory = torch.cuda.get_device_properties(device).total_memory
+    sizes = model_folder(asked.config.model.path)
+    datasets = Datasets(Kinds.of(asked.rows, sizes), Kinds.of(asked.held_out, sizes))
+    processes = asked.accelerator.num_processes
+    for each in each_beside_others(asked.parts.values()):
+        there = Deployment(sizes, processes, memory, each.others, sharding_engine(), datasets)
+        require_fit(each.own, there)
 
 
 def _require_equal_forwards(parts: Mapping[str, RunConfig], rows: Sequence[Row]) -> None:
@@ -142,7 +137,7 @@ def _require_equal_forwards(parts: Mapping[str, RunConfig], rows: Sequence[Row])
     if DECODER.name in parts and edit is not None and chosen_sharding().in_step:
         raise UserError(
             f"{edit.where} has sources, each one forward of the decoder more: processes would run "
-            f"unequal numbers, for which {engine()} waits: take ddp or zero2"
+            f"unequal numbers, for which {sharding_engine()} waits: take ddp or zero2"
         )
 
 
@@ -160,21 +155,26 @@ def _tell_untold_text(rows: Sequence[Row], config: RunConfig, accelerator: Accel
         tell(untold)
 
 
-def _unread(
-    parts: Mapping[str, RunConfig],
-    rows: Sequence[Row],
-    start: Start,
-    begun: Mapping[str, Given],
-    accelerator: Accelerator,
-) -> list[str]:
+def _unread(asked: _Asked) -> list[str]:
     """The AR, where a cache gives the decoder's priors and no held-out prompt asks for others;
     that the cache is this run's is checked here."""
-    decoder = parts.get(DECODER.name)
+    decoder, rows = asked.parts.get(DECODER.name), asked.rows
     if decoder is None or PriorCache.of(decoder) is None:
         return []
-    ar, its = start.inputs.model[AR.component], begun.get(AR.name)
-    from_main(accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar, its), rows))
+    ar, its = asked.start.inputs.model[AR.component], asked.begun.get(AR.name)
+    from_main(
+        asked.accelerator, lambda: check_cache(decoder, make_stamp(decoder, rows, ar, its), rows)
+    )
     return [AR.component] if decoder.train.eval_steps is None else []
+
+
+def _load_scorers(asked: _Asked) -> Loaded:
+    loaded = load_scorers(asked.config, asked.parts)
+    for name, part in asked.parts.items():
+        if asked.divided[name].spread:
+            processes = asked.accelerator.num_processes
+            require_whole_groups(loaded.scorers[name], part, processes)
+    return loaded
 
 
 def _empty(parts: Mapping[str, RunConfig]) -> dict[str, Module]:
@@ -188,38 +188,64 @@ def _empty(parts: Mapping[str, RunConfig]) -> dict[str, Module]:
 
 
 def _pipeline(
-    config: RunConfig,
-    accelerator: Accelerator,
-    unread: Sequence[str],
-    empty: Mapping[str, Module],
+    asked: _Asked, unread: Sequence[str], empty: Mapping[str, Module]
 ) -> GlmImagePipeline:
-    model = config.model
+    """What is frozen has what `model.adapters` gives it."""
+    model = asked.config.model
     made = {PARTS[name].component: module for name, module in empty.items()}
-    device, left_out = str(accelerator.device), [*unread, *made]
+    device, left_out = str(asked.accelerator.device), [*unread, *made]
     pipeline = load_pipeline(model.path, model.dtype, device, model.offload, left_out)
     for component, module in made.items():
         setattr(pipeline, component, module)
+    others = [part for part in PARTS.values() if part.name not in asked.parts]
+    load_given(pipeline, asked.begun, [p.name for p in others if p.component not in unread])
     return pipeline
 
 
-def _policy(
-    config: RunConfig,
-    stage: Stage,
-    accelerator: Accelerator,
-    start: Start,
-    begun: Given | None,
-    updates: int,
-    empty: bool,
-) -> Policy:
+def _runs(
+    asked: _Asked, pipeline: GlmImagePipeline, loaded: Loaded, empty: Mapping[str, Module]
+) -> dict[str, Run]:
+    """By part."""
+    parts, accelerator, signals = asked.parts, asked.accelerator, Signals()
+    stages = {
+        name: STAGES[name](Engine.of(pipeline, part, asked.shows), part)
+        for name, part in parts.items()
+    }
+    if not chosen_sharding().movable:  # whatever `model.offload` moves
+        for stage in stages.values():
+            stage.engine.placement.fixed |= {PARTS[name].component for name in parts}
+    policies = {name: _policy(asked, stage, name in empty) for name, stage in stages.items()}
+    wait_at_most(asked.config.train.ddp_timeout)
+    return {
+        name: Run(
+            part,
+            accelerator,
+            asked.divided[name],
+            stages[name],
+            policies[name],
+            policies,
+            loaded.scorers[name],
+            torch.tensor([r.weight for r in part.rewards]),
+            asked.rows,
+            signals,
+        )
+        for name, part in parts.items()
+    }
+
+
+def _policy(asked: _Asked, stage: Stage, empty: bool) -> Policy:
     part, sampler = stage.part, stage.engine
+    config, begun = asked.parts[part.name], asked.begun.get(part.name)
     source, own = None, begun and begun.folder
     if empty:
         source, own = own or weights_of(config.model.path, part), None
-    tuning = tuning_of(config, start.inputs.model[part.component], own)
+    tuning = tuning_of(config, asked.start.inputs.model[part.component], own)
     module = part.module(sampler.pipeline)
     sampler.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, part.block)
+    updates = asked.divided[part.name].updates
+    accelerator = asked.accelerator
     return Policy(accelerator, module, tuning, config.optim, updates, config.average, source)
 
 

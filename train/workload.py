@@ -11,25 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
+from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig
 from duet.inference import autoregressive, decoder, pictures
 from duet.inference.adapters import adapter_disabled, add_adapter
-from duet.inference.decoding import TokenDecoder, TokenJob
+from duet.inference.decoding import TokenDecoder
 from duet.inference.engine import autocast_dtype
-from duet.inference.flow import Schedule
 from duet.inference.layout import Size
 from duet.inference.parts import PARTS, Part
-from duet.inference.prompt import Prompt, text_grids
-from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, TokenTrajectory
 from duet.inference.shapes import Sizes, build_part
-from duet.inference.source_attention import Seen
+from duet.inference.source_attention import Seen, see
+from duet.train import made_up
 from duet.train.dropout import lora_dropout
 from duet.train.footprint import Kernel, repeated, without_values
+from duet.train.made_up import Batch, Scoring
 from duet.train.recompute import recompute_blocks
 from duet.train.tuning import train_whole
-
-PROMPT_TOKENS, GLYPH_TOKENS = 128, 32  # assumed; the visual tokens are many more
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,7 @@ class Work:
 
 
 FEW = 2  # layers
+SOURCES = "keys, values of sources"
 
 
 def by_layers(component: Callable[[Subject], str], learns: bool = False):
@@ -183,12 +180,12 @@ def _trained(module: Module) -> list[Tensor]:
 
 
 @by_layers(lambda subject: "vision_language_encoder")
-def tokens(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
+def tokens(subject: Subject, batch: Batch) -> Work:
     """The AR writes the grids of so many samples: the prompts, then a token at a time."""
     ar = subject.build("vision_language_encoder")
     with without_values(ar) as meter, torch.no_grad():
-        jobs = [TokenJob(_prompt(sampling), 0) for _ in range(samples)]
-        uniform = torch.zeros(samples, dtype=torch.float64)
+        jobs = made_up.token_jobs(batch)
+        uniform = torch.zeros(batch.samples, dtype=torch.float64)
         begun = meter.stretch().live
         with subject.running():
             made = TokenDecoder(ar, jobs)
@@ -196,68 +193,56 @@ def tokens(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
             for layer in made.cache.layers:  # a token of the middle stands for all
                 layer.length += made.total // 2
             codebook = ar.config.vq_config.num_embeddings
-            made.step(autoregressive.draw(made.logits, uniform, codebook, sampling).token)
+            made.step(autoregressive.draw(made.logits, uniform, codebook, batch.sampling).token)
             step = meter.stretch()
         held = sum(x.nbytes for la in made.cache.layers for x in (la.keys, la.values))
         kernels = prefill.kernels + repeated(step.kernels, made.total)
         return Work({"KV cache": held}, (prefill.peak - begun, step.peak - begun), kernels)
 
 
-def _prompt(sampling: SamplingConfig) -> Prompt:
-    ids = torch.zeros(PROMPT_TOKENS, dtype=torch.int64)
-    grids = text_grids(Size.of(sampling))
-    return Prompt(ids, ids.expand(3, -1), PROMPT_TOKENS, grids)
-
-
 @by_layers(lambda subject: "transformer")
-def latents(subject: Subject, sampling: SamplingConfig, samples: int) -> Work:
-    """All denoising steps of so many samples."""
-    dit = subject.build("transformer")
+def latents(subject: Subject, batch: Batch) -> Work:
+    """All denoising steps of so many samples, behind a pass for each source."""
+    dit, sampling = subject.build("transformer"), batch.sampling
     with without_values(dit) as meter, torch.no_grad():
-        x, given = _noise(dit, sampling, samples), _given(dit, sampling, samples)
+        x, given = made_up.noise(dit, batch), made_up.conditions(dit, batch)
         begun = meter.stretch().live
         with subject.running():
-            seen = Seen(given, None)
-            decoder.velocity(dit, x, torch.zeros(samples), seen, sampling.guidance_scale)
+            seen = see(dit, given)
+            sources = meter.stretch()
+            decoder.velocity(dit, x, torch.zeros(batch.samples), seen, sampling.guidance_scale)
         step = meter.stretch()
-        kernels = repeated(step.kernels, sampling.num_inference_steps)
-        return Work({}, (step.peak - begun,), kernels)
+        kernels = sources.kernels + repeated(step.kernels, sampling.num_inference_steps)
+        kept = {SOURCES: _held_by(seen)}
+        return Work(kept, (sources.peak - begun, step.peak - begun), kernels)
 
 
-def _noise(dit: Module, sampling: SamplingConfig, samples: int) -> Tensor:
-    latent = Size.of(sampling).latent
-    return torch.zeros(samples, dit.config.in_channels, *latent)
-
-
-def _given(dit: Module, sampling: SamplingConfig, samples: int) -> Conditions:
-    size, width = Size.of(sampling), dit.config.text_embed_dim
-    glyphs, null = (torch.zeros(n, GLYPH_TOKENS, width, dtype=dit.dtype) for n in (samples, 1))
-    prior = torch.zeros(samples, size.dit_tokens, dtype=torch.int64)
-    return Conditions(glyphs, prior, null, size)
+@cache
+def source_latents(subject: Subject, size: Size) -> Work:
+    """A source into the VAE."""
+    vae = subject.build("vae")
+    pixels = torch.Size((1, vae.config.in_channels, size.height, size.width))
+    return _through(subject, vae, pixels, pictures.encode_pixels)
 
 
 @cache
 def pixels(subject: Subject, sampling: SamplingConfig) -> Work:
     """A picture out of the VAE."""
     vae = subject.build("vae")
+    latents = torch.Size((1, vae.config.latent_channels, *Size.of(sampling).latent))
+    return _through(subject, vae, latents, pictures.decode)
+
+
+def _through(
+    subject: Subject, vae: Module, shape: torch.Size, run: Callable[[Module, Tensor], Tensor]
+) -> Work:
     with without_values(vae) as meter:
-        latent = Size.of(sampling).latent
-        noise = torch.zeros(1, vae.config.latent_channels, *latent)
+        given = torch.zeros(shape)
         begun = meter.stretch().live
         with subject.running():
-            pictures.decode(vae, noise)
+            run(vae, given)
         made = meter.stretch()
         return Work({}, (made.peak - begun,), made.kernels)
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What one training forward scores."""
-
-    sampling: SamplingConfig
-    sde: SdeConfig
-    samples: int
-    steps: int  # of the decoder's window
 
 
 @by_layers(lambda subject: subject.part.component)
@@ -282,6 +267,7 @@ def update(subject: Subject, asked: Scoring) -> Work:
     with without_values(module) as meter:
         for parameter in _trained(module):
             parameter.grad = torch.zeros_like(parameter)
+        named = _named(subject, module, asked)
         score = _scorer(subject, asked, module)
         begun = meter.stretch().live
         with lora_dropout(module):
@@ -290,40 +276,28 @@ def update(subject: Subject, asked: Scoring) -> Work:
             parts = [meter.stretch()]
             scored.logprobs.sum().backward()
         parts.append(meter.stretch())
-        logits = _logits_bytes(subject, module, asked) if subject.stage == "ar" else 0
-        kept = {"activations": parts[0].live - begun - logits, "logits": logits}
+        kept = {"activations": parts[0].live - begun - sum(named.values()), **named}
         peaks = tuple(part.peak - begun for part in parts)
         return Work(kept, peaks, sum((part.kernels for part in parts), Counter()))
 
 
-def _logits_bytes(subject: Subject, ar: Module, asked: Scoring) -> int:
-    dtype = autocast_dtype(subject.arithmetic) or ar.dtype
-    outputs = ar.config.text_config.vision_vocab_size
-    return asked.samples * _prompt(asked.sampling).count * outputs * dtype.itemsize
+def _named(subject: Subject, module: Module, asked: Scoring) -> dict[str, int]:
+    """Bytes of what a forward keeps for backward that has a name of its own."""
+    if subject.stage == "ar":
+        dtype = autocast_dtype(subject.arithmetic) or module.dtype
+        outputs = module.config.text_config.vision_vocab_size
+        count = asked.samples * made_up.scored_tokens(asked) * outputs
+        return {"logits": count * dtype.itemsize}
+    with torch.no_grad(), subject.running():
+        return {SOURCES: _held_by(see(module, made_up.conditions(module, asked.batch)))}
+
+
+def _held_by(seen: Seen) -> int:
+    """Bytes of the sources' keys and values."""
+    layers = [] if seen.sources is None else seen.sources.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def _scorer(subject: Subject, asked: Scoring, module: Module) -> Callable[[], Any]:
-    """A training forward on made-up actions."""
-    make = {"ar": _token_scorer, "decoder": _step_scorer}[subject.stage]
+    make = {"ar": made_up.token_scorer, "decoder": made_up.step_scorer}[subject.stage]
     return make(asked, module)
-
-
-def _token_scorer(asked: Scoring, ar: Module) -> Callable[[], Any]:
-    sampling, codebook = asked.sampling, ar.config.vq_config.num_embeddings
-    prompt, support = _prompt(sampling), None
-    shape = asked.samples, prompt.count
-    if sampling.top_k or sampling.top_p < 1:
-        support = torch.zeros(*shape, -(-codebook // 8), dtype=torch.uint8)
-    ids, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
-    written = [TokenTrajectory(prompt, sampling.temperature, ids, logprobs, support)]
-    return lambda: autoregressive.score_tokens(ar, written, codebook, _CPU)
-
-
-def _step_scorer(asked: Scoring, dit: Module) -> Callable[[], Any]:
-    sampling, steps = asked.sampling, asked.steps
-    times = torch.zeros(sampling.num_inference_steps + 1)
-    how = Denoising(Schedule(times[:-1], times), sampling.guidance_scale, asked.sde, range(steps))
-    noise, given = (make(dit, sampling, asked.samples) for make in (_noise, _given))
-    noisy = noise[:, None].repeat(1, steps + 1, 1, 1, 1)
-    walked = LatentTrajectory(given, how, noisy, torch.zeros(asked.samples, steps))
-    return lambda: decoder.score_steps(dit, walked, _CPU)

@@ -28,7 +28,7 @@ from duet.rewards.base import RewardInput
 from duet.train.advantages import group_advantages
 from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import collect
-from duet.train.environment import engine
+from duet.train.environment import sharding_engine
 from duet.train.learn import learn
 from duet.train.run import Training
 from duet.train.setup import prepare
@@ -91,7 +91,7 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
     del policy, whole
     go_on(case, folder / "adam" / "checkpoint-1", folder / "resumed")
     return {
-        "engine": engine(),
+        "engine": sharding_engine(),
         "processes": PartialState().num_processes,
         "weights": held,
         "moments": moments,
