@@ -54,7 +54,8 @@ def collect(run: Run, step: int) -> Collected:
 
         size = config.rollout.batch_size
         # scored beside sampling
-        with run.scorer.resting.awake(), answered(run.scorer, run.weights):
+        allowed = config.train.max_not_scored
+        with run.scorer.resting.awake(), answered(run.scorer, run.weights, allowed):
             sampled = sample_and_score(sample, mine, run.scorer, size, run.shows)
         sampled = replace(sampled, rollout_seconds=before + sampled.rollout_seconds)
     ids = torch.tensor([g.id for g in mine for _ in g.seeds])

@@ -66,23 +66,23 @@ class Scorer:
 
 
 @contextmanager
-def answered(scorer: Scorer, weights: Tensor) -> Iterator[None]:
-    """Around a step's scoring.
+def answered(scorer: Scorer, weights: Tensor, allowed: float) -> Iterator[None]:
+    """Around a step's scoring; `allowed`: as `train.max_not_scored` has it.
 
     Raises UserError where no server of a trained reward answered this process: of several
-    processes its share may be one that `train.max_not_scored` allows.
+    processes its share may be one that is allowed.
     """
     asked = [
         (name, reward)
         for (name, reward), weight in zip(scorer.trained.items(), weights, strict=True)
-        if weight and hasattr(reward, "silence")
+        if weight and allowed < 1 and hasattr(reward, "silence")
     ]
     for _, reward in asked:
         reward.silence()  # of an evaluation before
     yield
     for name, reward in asked:
         if told := reward.silence():
-            raise UserError(f"reward {name!r} had no answer in a whole step ({told}): mend it")
+            raise UserError(f"reward {name!r} had no good answer in a whole step ({told}): mend it")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from duet.inference.empty import make_room
 from duet.train.laid_out import laid_out
 from duet.train.sharding import InParts
 
+_GROUP = 10**7  # weights
+
 
 class Zero2(InParts):
     """DeepSpeed's engine clips, skips what is not finite, and steps, all in one call.
@@ -146,6 +148,8 @@ class Zero3(Zero2):
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
+            # of a process's part: DeepSpeed begins with a gradient of a whole group's whole size
+            "sub_group_size": _GROUP,
         }
         return config
 
