@@ -158,7 +158,9 @@ def reward_servers(count: int) -> Iterator[list[tuple[str, int]]]:
         ]
         for server in servers:
             running.callback(server.kill)
-        yield [(server.stdout.readline().split()[-1], server.pid) for server in servers]
+        told = [server.stdout.readline() for server in servers]
+        urls = [re.search(r"http://[^\s/]+", line)[0] for line in told]
+        yield [(url, server.pid) for url, server in zip(urls, servers, strict=True)]
 
 
 def _moment(folder: Path) -> Path:

@@ -18,9 +18,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 from accelerate import PartialState
@@ -95,6 +96,10 @@ def _own_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
+class _Built(Exception):
+    pass
+
+
 def start(stage: str, model: Path, output: Path) -> None:
     """One process of a run, as far as its first step."""
     config = load_config(
@@ -111,15 +116,14 @@ def start(stage: str, model: Path, output: Path) -> None:
             "train.trackers=[]",
         ],
     )
-    peaks: list[int] = []
 
-    def built(*given: object) -> None:
-        """The first thing that is done with the parts; the next one samples."""
-        peaks.append(seen[1] - seen[0])
+    def built(*given: object) -> NoReturn:
+        """Instead of the first thing that is done with the parts; the next one samples."""
+        raise _Built
 
-    with largest() as seen, mock.patch("duet.train.gate.check_schedule", built):
+    with largest() as seen, mock.patch("duet.train.gate.check_schedule", built), suppress(_Built):
         prepare(config)
-    most = max(gather_object(peaks))
+    most = max(gather_object([seen[1] - seen[0]]))
     if PartialState().is_main_process:
         (output / "peak.json").write_text(json.dumps(most))
 
@@ -130,6 +134,7 @@ def launch(engine: str, processes: int, stage: str, model: Path, output: Path) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "duet.train.tiny.start_memory"]
     own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ENGINES[engine]
+    own["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # bytes: what is freed is given back at once
     subprocess.run(
         [*command, "--process-of", stage, str(model), str(output)],
         env=os.environ | own,
