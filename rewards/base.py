@@ -100,11 +100,12 @@ class Reward(Protocol):
     for, no reference). NaN: the sample could not be scored (never 0 for that).
 
     What it is given is its own: it may change pictures and rows.
-    Three things are optional. `load()` reads weights: the constructor stays cheap, and a
+    Four things are optional. `load()` reads weights: the constructor stays cheap, and a
     run calls it before the first rollout. `whole_groups = True` asks to be called with
     exactly the samples of one prompt, to compare them with each other. `device` and
     `to(device)`: with `model.offload` phase a run sends the weights to "cpu" while nothing is
-    scored, and back to the device.
+    scored, and back to the device. `silence()`, of one that asks servers: asked after a step, it
+    tells why none of them has answered since it was asked last, or None; a run ends by it.
     """
 
     def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[Answer]: ...

@@ -25,6 +25,7 @@ from duet.rewards.judge_questions import (
     pictures_of,
 )
 from duet.rewards.judge_reading import Unscored, choices, find_reading
+from duet.rewards.service.heard import Heard
 from duet.rewards.service.http import Client, Failure, converse, excerpt, is_address
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Judge:
         self.api_key_env, self.timeout_seconds = api_key_env, timeout_seconds
         self.retries, self.concurrency = retries, concurrency
         self.missing: set[str] = set()  # keys that some row lacked
+        self.heard = Heard()
 
     def load(self) -> None:
         _ = self._headers()
@@ -93,6 +95,10 @@ class Judge:
             told = f"{failures.total()} of {len(inputs)} samples are NaN, mostly: {reason}"
             logger.warning("judge at %s: %s", self.url, told)
         return [score for score, _ in answers]
+
+    def silence(self) -> str | None:
+        """As `Heard` has it."""
+        return self.heard.silence()
 
     async def _score_all(
         self, inputs: Sequence[RewardInput], client: Client
@@ -119,8 +125,14 @@ class Judge:
                 return None, ""
         body = json.dumps(self._request(question, shown)).encode()
         try:
-            return self._read(await self._post(client, body)), ""
+            reply = await self._post(client, body)
         except (Unscored, Failure) as error:
+            self.heard.failure = str(error)
+            return float("nan"), str(error)
+        self.heard.answers += 1
+        try:
+            return self._read(reply), ""
+        except Unscored as error:
             return float("nan"), str(error)
 
     def _read(self, answer: Any) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from duet.configs.errors import UserError, exit_on_user_error
 from duet.configs.load import load_config
 from duet.inference import together
 from duet.inference.engine import Engine
+from duet.train import checkpoint
 from duet.train.checkpoint import complete_checkpoints
+from duet.train.endings import Endings
 from duet.train.policy import Policy
 from tests.conftest import ROOT, adapter_weights, train
 
@@ -141,6 +144,31 @@ def test_a_full_disk_leaves_no_partial_checkpoint(whole, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
     assert not list(tmp_path.glob(".checkpoint*"))
     assert_same(whole("decoder"), train(make("decoder", tmp_path, "train.resume=latest")))
+
+
+@pytest.mark.parametrize("while_writing", [False, True])
+def test_a_folder_that_is_gone_is_not_made_anew(whole, tmp_path, monkeypatch, while_writing):
+    """As that of a disk that was unmounted is: half a checkpoint would stand there."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    save = checkpoint.save_state if while_writing else Endings.save
+
+    def vanishes(*given):
+        if (run / "checkpoint-1").is_dir():
+            run.rename(away)
+            (run / "left").mkdir(parents=True)  # the place where it was mounted
+        return save(*given)
+
+    told = r"OSError: checkpoint-2 could not be written \(.*gone"
+    with monkeypatch.context() as broken, pytest.raises(UserError, match=told):
+        if while_writing:
+            broken.setattr(checkpoint, "save_state", vanishes)
+        else:
+            broken.setattr(Endings, "save", vanishes)
+        train(make("decoder", run, "train.save_steps=1"))
+    assert not list(run.rglob("*checkpoint*"))
+    shutil.rmtree(run)
+    away.rename(run)
+    assert_same(whole("decoder"), train(make("decoder", run, "train.resume=latest")))
 
 
 def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_so(tmp_path):

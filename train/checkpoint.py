@@ -24,6 +24,7 @@ from duet.train.state import load_state, save_state
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _POSITION = "trainer_state.json"
+_BEGUN = ".begun"  # while a checkpoint is written
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,12 @@ def save_checkpoint(
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        (partial / _BEGUN).touch()
 
     def finish() -> None:
+        if not (partial / _BEGUN).is_file():  # writers make a folder that is gone anew
+            raise FileNotFoundError(f"{str(final.parent)!r} was gone meanwhile")
+        (partial / _BEGUN).unlink()
         told = Position(
             step, "+".join(policies), accelerator.num_processes, run_id, inputs, asdict(config)
         )

@@ -13,7 +13,7 @@ from duet.inference.together import gather_rows, together
 from duet.train.prior_tokens import Priors
 from duet.train.prompts import Group, draw_groups, shard
 from duet.train.run import Run
-from duet.train.scoring import Sampled, Scores, sample_and_score
+from duet.train.scoring import Sampled, Scores, answered, sample_and_score
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def collect(run: Run, step: int) -> Collected:
             return stage.engine.rollout([requests[i] for i in batch], stage.window(step))
 
         size = config.rollout.batch_size
-        with run.scorer.resting.awake():  # scored beside sampling
+        # scored beside sampling
+        allowed = config.train.max_not_scored
+        with run.scorer.resting.awake(), answered(run.scorer, run.weights, allowed):
             sampled = sample_and_score(sample, mine, run.scorer, size, run.shows)
         sampled = replace(sampled, rollout_seconds=before + sampled.rollout_seconds)
     ids = torch.tensor([g.id for g in mine for _ in g.seeds])

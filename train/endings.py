@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from duet.configs.errors import UserError, first_line
 from duet.inference.lost import Lost, named, naming_the_lost
+from duet.inference.together import from_main
 from duet.rewards.answers import LARGEST
 from duet.train.advantages import NOT_APPLICABLE
 from duet.train.best import Best
@@ -69,6 +70,7 @@ class Endings:
         training, start, self._writable = self.training, self.training.start, False
         try:
             with naming_the_lost():
+                from_main(training.accelerator, self._require_folder)
                 self.newest = save_checkpoint(
                     training.policies, training.config, start.run_id, start.inputs, self.done
                 )
@@ -80,6 +82,12 @@ class Endings:
         self._writable = True
         self.remove_old()
         return self.newest
+
+    def _require_folder(self) -> None:
+        """What is gone, as an unmounted disk is, is not made anew: nobody would look there."""
+        folder = Path(self.training.config.output_dir)
+        if not (folder / LOG_FILE).is_file():
+            raise FileNotFoundError(f"output_dir = {str(folder)!r} is gone")
 
     def remove_old(self) -> None:
         """But for the newest ones, the best one and the one resumed from."""

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -19,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from duet.inference.empty import make_room
 from duet.train.environment import hybrid
 from duet.train.laid_out import laid_out
 from duet.train.sharding import InParts
@@ -27,11 +27,7 @@ from duet.train.sharding import InParts
 class FullySharded(InParts):
     """Block by block."""
 
-    in_step = True
-
-    @classmethod
-    def container(cls) -> AbstractContextManager[None]:
-        return init_empty_weights(include_buffers=False)
+    in_step = begins_empty = True
 
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
         super().__init__(accelerator, module, block)
@@ -42,7 +38,7 @@ class FullySharded(InParts):
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
         if empty:
-            _make_room(module, accelerator.device)
+            make_room(module, accelerator.device)
         # torch wants the outermost to run first, and sampling runs inner ones alone
         module.begin = lambda: None
         register_fsdp_forward_method(module, "begin")
@@ -111,14 +107,6 @@ class FullySharded(InParts):
 
     def moments(self) -> list[Tensor]:
         return [m.to_local() if isinstance(m, DTensor) else m for m in super().moments()]
-
-
-def _make_room(module: Module, device: torch.device) -> None:
-    """For this process's parts; buffers keep what they hold."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    module.to_empty(device=device)
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])
 
 
 def _mesh(accelerator: Accelerator) -> DeviceMesh:

@@ -1,8 +1,9 @@
 """Scoring beside sampling: while the next groups are sampled, the last are scored."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +63,26 @@ class Scorer:
             return {n: _column(score(r, n, inputs, sizes)) for n, r in rewards.items()}
 
         return Scores(columns(self.trained), columns(self.watched))
+
+
+@contextmanager
+def answered(scorer: Scorer, weights: Tensor, allowed: float) -> Iterator[None]:
+    """Around a step's scoring; `allowed`: as `train.max_not_scored` has it.
+
+    Raises UserError where no server of a trained reward answered this process: of several
+    processes its share may be one that is allowed.
+    """
+    asked = [
+        (name, reward)
+        for (name, reward), weight in zip(scorer.trained.items(), weights, strict=True)
+        if weight and allowed < 1 and hasattr(reward, "silence")
+    ]
+    for _, reward in asked:
+        reward.silence()  # of an evaluation before
+    yield
+    for name, reward in asked:
+        if told := reward.silence():
+            raise UserError(f"reward {name!r} had no good answer in a whole step ({told}): mend it")
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,13 @@ def _load_scorers(asked: _Asked) -> Loaded:
 
 def _empty(parts: Mapping[str, RunConfig]) -> dict[str, Module]:
     """Parts that are built without weights, since no process is to hold all of them."""
-    made = {}
-    for name, config in parts.items():
-        container = chosen_sharding().container()
-        if config.tuning == "full" and container is not None:
-            made[name] = build_empty(config.model.path, PARTS[name], container)
-    return made
+    if not chosen_sharding().begins_empty:
+        return {}
+    return {
+        name: build_empty(config.model.path, PARTS[name])
+        for name, config in parts.items()
+        if config.tuning == "full"
+    }
 
 
 def _pipeline(

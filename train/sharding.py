@@ -20,12 +20,8 @@ class Sharding:
 
     in_step = False  # whether processes must run equal numbers of forwards
     movable = True  # whether the module may wait on the CPU
-
-    @classmethod
-    def container(cls) -> AbstractContextManager[None] | None:
-        """Where a module is built that has no weights yet, so that no process holds all of them;
-        None where each does."""
-        return None
+    # whether the module may come without weights, so that no process ever holds all of them
+    begins_empty = False
 
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
         """`block`: the module's repeated layer."""

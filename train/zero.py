@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module, Parameter, ParameterList
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from duet.inference.empty import make_room
 from duet.train.laid_out import laid_out
 from duet.train.sharding import InParts
+
+_GROUP = 10**7  # weights
 
 
 class Zero2(InParts):
@@ -31,7 +34,11 @@ class Zero2(InParts):
     stage = 2
 
     def __init__(self, accelerator: Accelerator, module: Module, block: type[Module]) -> None:
-        super().__init__(accelerator, module.to(accelerator.device), block)
+        super().__init__(accelerator, module, block)
+        self._place()
+
+    def _place(self) -> None:
+        self.inner.to(self.accelerator.device)
 
     def prepare(self, optimizer: Optimizer, scheduler: LRScheduler, max_norm: float) -> None:
         self._params, self._groups = self.trained, optimizer.state_dict()["param_groups"]
@@ -121,7 +128,18 @@ class Zero2(InParts):
 class Zero3(Zero2):
     """Weights in parts too, gathered for the forward of the layer that has them."""
 
-    stage, in_step = 3, True
+    stage, in_step, begins_empty = 3, True, True
+
+    def _place(self) -> None:
+        """A module without weights is parted module by module: `initialize` wants it whole."""
+        if not any(p.is_meta for p in self.inner.parameters()):
+            return super()._place()
+        zero = _deepspeed(self.accelerator.device).zero
+        for module in self.inner.modules():
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                make_room(module, self.accelerator.device, recurse=False)
+                own = ParameterList(module.parameters(recurse=False))
+                zero.Init(own, config_dict_or_path=self._config(0), mem_efficient_linear=False)
 
     def _config(self, max_norm: float) -> dict[str, Any]:
         config = super()._config(max_norm)
@@ -130,6 +148,8 @@ class Zero3(Zero2):
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
+            # of a process's part: DeepSpeed begins with a gradient of a whole group's whole size
+            "sub_group_size": _GROUP,
         }
         return config
 

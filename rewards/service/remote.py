@@ -1,7 +1,8 @@
 """A reward that another process computes: `duet rewards serve`, in its own environment.
 
-A server that is down, slow or mad ends no run: its samples are NaN, and one warning tells
-which endpoint failed and why. What the user got wrong (url, name, token) is a UserError.
+Where a server is down, slow or mad, samples are NaN, and one warning tells which endpoint failed
+and why; a run ends where a whole step of one of its processes has no answer. What the user got
+wrong (url, name, token) is a UserError.
 """
 
 import logging
@@ -14,6 +15,7 @@ from duet.configs.errors import UserError
 from duet.rewards.answers import Answer
 from duet.rewards.base import RewardInput
 from duet.rewards.service.endpoints import Conversation, Endpoints, ask_all
+from duet.rewards.service.heard import Heard
 from duet.rewards.service.http import is_address
 from duet.rewards.service.pictures import SAVE, WireError
 from duet.rewards.service.wire import (
@@ -58,7 +60,7 @@ class Remote:
         _require(isinstance(token_env, str), "token_env", token_env, "a variable's name")
         _require(isinstance(whole_groups, bool), "whole_groups", whole_groups, "true or false")
         self.reward, self.batch_size, self.image_format = reward, batch_size, image_format
-        self.whole_groups = whole_groups
+        self.whole_groups, self.heard = whole_groups, Heard()
         self.endpoints = Endpoints(urls, timeout_seconds, retries, backoff_seconds, token_env)
 
     def load(self) -> None:
@@ -93,6 +95,10 @@ class Remote:
     def __call__(self, inputs: Sequence[RewardInput]) -> list[Answer]:
         return ask_all(self.endpoints, partial(self._score, inputs=inputs))
 
+    def silence(self) -> str | None:
+        """As `Heard` has it."""
+        return self.heard.silence()
+
     async def _score(
         self, conversation: Conversation, inputs: Sequence[RewardInput]
     ) -> list[Answer]:
@@ -106,6 +112,9 @@ class Remote:
             if answer is None:
                 answer = [math.nan] * len(batch)
                 lost += len(batch)
+                self.heard.failure = _reasons(conversation)
+            else:
+                self.heard.answers += 1
             scores += answer
         if conversation.failures:
             _log.warning(

@@ -1,47 +1,75 @@
 """Full tuning: how much memory a process needs until its weights are there, at growing model size.
 
-    python -m duet.train.tiny.start_memory [--engines ddp zero3 fsdp2] [--processes 2 4]
+    python -m duet.train.tiny.start_memory [--stages decoder ar] [--engines ddp zero3 fsdp2]
+        [--processes 2] [--layers 2 4 8]
 
-Decoders of random weights in the place of the tiny model's; on this machine's CPU over gloo. What
-counts is a process's own memory (RssAnon of proc(5)), beside what it has before the model: files
-that are only mapped can be given up at any time.
+Decoders and ARs of random weights in the place of the tiny model's, each made, measured and
+deleted; on this machine's CPU over gloo. What counts is a process's own memory (RssAnon of
+proc(5)), beside what it has before the model: files that are only mapped can be given up at any
+time.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import GlmImageTransformer2DModel
+from torch.nn import Module
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 from duet.configs.load import load_config
+from duet.inference.parts import AR, DECODER, PARTS, Part
 from duet.train.setup import prepare
 from duet.train.tiny.engines import ENGINES, TINY
 
 _MIB = 2**20
-_LAYERS = (2, 4, 8)  # of 16 heads x 64: about 60 MiB each in float32
+_LAYERS = (2, 4, 8)
 
 
-def make_model(layers: int, folder: Path) -> int:
-    """The tiny model with another decoder; the decoder's size in bytes, in float32."""
+def make_model(part: Part, layers: int, folder: Path) -> int:
+    """The tiny model with another part; that part's size in bytes, in float32."""
     folder.mkdir()
-    for part in (TINY / "model").iterdir():
-        if part.name != "transformer":
-            (folder / part.name).symlink_to(part)
-    config = GlmImageTransformer2DModel.load_config(TINY / "model" / "transformer")
-    large = {"num_layers": layers, "num_attention_heads": 16, "attention_head_dim": 64}
-    decoder = GlmImageTransformer2DModel.from_config({**config, **large})
-    decoder.save_pretrained(folder / "transformer", max_shard_size="50MB")
-    return 4 * sum(p.numel() for p in decoder.parameters())
+    for other in (TINY / "model").iterdir():
+        if other.name != part.component:
+            (folder / other.name).symlink_to(other)
+    module, own = _WIDE[part.name](layers), folder / part.component
+    module.save_pretrained(own, max_shard_size="50MB")
+    told = TINY / "model" / part.component / "generation_config.json"
+    if told.is_file():
+        shutil.copy(told, own)
+    return 4 * sum(p.numel() for p in module.parameters())
+
+
+def _decoder(layers: int) -> Module:
+    """Of about 50 MiB a layer."""
+    config = GlmImageTransformer2DModel.load_config(TINY / "model" / DECODER.component)
+    wide = {"num_layers": layers, "num_attention_heads": 16, "attention_head_dim": 64}
+    return GlmImageTransformer2DModel.from_config({**config, **wide})
+
+
+def _ar(layers: int) -> Module:
+    """Of about 50 MiB a layer."""
+    config = GlmImageConfig.from_pretrained(TINY / "model" / AR.component)
+    text = config.text_config
+    text.num_hidden_layers, text.num_attention_heads = layers, 36  # heads as wide as they were
+    text.hidden_size, text.intermediate_size = 36 * 32, 3072
+    return GlmImageForConditionalGeneration(config)
+
+
+_WIDE = {"decoder": _decoder, "ar": _ar}
 
 
 @contextmanager
@@ -68,10 +96,14 @@ def _own_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def start(model: Path, output: Path) -> None:
+class _Built(Exception):
+    pass
+
+
+def start(stage: str, model: Path, output: Path) -> None:
     """One process of a run, as far as its first step."""
     config = load_config(
-        TINY / "decoder.yaml",
+        TINY / f"{stage}.yaml",
         [
             f"model.path={model}",
             "tuning=full",
@@ -84,27 +116,27 @@ def start(model: Path, output: Path) -> None:
             "train.trackers=[]",
         ],
     )
-    peaks: list[int] = []
 
-    def built(*given: object) -> None:
-        """The first thing that is done with the parts; the next one samples."""
-        peaks.append(seen[1] - seen[0])
+    def built(*given: object) -> NoReturn:
+        """Instead of the first thing that is done with the parts; the next one samples."""
+        raise _Built
 
-    with largest() as seen, mock.patch("duet.train.gate.check_schedule", built):
+    with largest() as seen, mock.patch("duet.train.gate.check_schedule", built), suppress(_Built):
         prepare(config)
-    most = max(gather_object(peaks))
+    most = max(gather_object([seen[1] - seen[0]]))
     if PartialState().is_main_process:
         (output / "peak.json").write_text(json.dumps(most))
 
 
-def launch(engine: str, processes: int, model: Path, output: Path) -> int:
+def launch(engine: str, processes: int, stage: str, model: Path, output: Path) -> int:
     """The most that any process needed, in bytes."""
     output.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "duet.train.tiny.start_memory"]
     own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ENGINES[engine]
+    own["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # bytes: what is freed is given back at once
     subprocess.run(
-        [*command, "--process-of", str(model), str(output)],
+        [*command, "--process-of", stage, str(model), str(output)],
         env=os.environ | own,
         cwd=TINY.parents[1],
         check=True,
@@ -115,32 +147,32 @@ def launch(engine: str, processes: int, model: Path, output: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", nargs="+", default=["decoder", "ar"], choices=PARTS)
     parser.add_argument("--engines", nargs="+", default=["ddp", "zero3", "fsdp2"], choices=ENGINES)
-    parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
-    parser.add_argument("--process-of", nargs=2, type=Path, help=argparse.SUPPRESS)  # of a process
+    parser.add_argument("--processes", nargs="+", type=int, default=[2])
+    parser.add_argument("--layers", nargs="+", type=int, default=_LAYERS)
+    parser.add_argument("--process-of", nargs=3, help=argparse.SUPPRESS)  # of a process
     options = parser.parse_args()
     if options.process_of:
-        start(*options.process_of)
+        stage, *folders = options.process_of
+        start(stage, *map(Path, folders))
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder, sizes = Path(name), {}
-        for layers in _LAYERS:
-            sizes[layers] = make_model(layers, folder / f"model-{layers}")
-        told = " | ".join(f"{size / _MIB:.0f} MiB" for size in sizes.values())
-        print(f"| engine | processes | {told} |\n|---|---|{'---|' * len(sizes)}")
-        for engine in options.engines:
+    print(f"| stage | its weights | processes | {' | '.join(options.engines)} |")
+    print("|---" * (3 + len(options.engines)) + "|", flush=True)
+    for stage, layers in product(options.stages, options.layers):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            size = make_model(PARTS[stage], layers, folder / "model")
             for processes in options.processes:
-                peaks = [
-                    launch(
-                        engine,
-                        processes,
-                        folder / f"model-{n}",
-                        folder / f"{engine}-{processes}-{n}",
-                    )
-                    for n in _LAYERS
-                ]
-                cells = " | ".join(f"{peak / _MIB:.0f} MiB" for peak in peaks)
-                print(f"| {engine} | {processes} | {cells} |", flush=True)
+                cells = [stage, _mib(size), str(processes)]
+                for engine in options.engines:
+                    output = folder / f"{engine}-{processes}"
+                    cells.append(_mib(launch(engine, processes, stage, folder / "model", output)))
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _mib(size: int) -> str:
+    return f"{size / _MIB:.0f} MiB"
 
 
 if __name__ == "__main__":
