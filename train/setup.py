@@ -64,7 +64,6 @@ def prepare(config: RunConfig) -> Training:
     }
     for part in parts.values():
         require_references(part, rows)
-    _require_equal_forwards(parts, rows)
     begun = from_main(accelerator, lambda: given(config))
     start = from_main(
         accelerator, lambda: find_start(config, processes, read_inputs(config, rows, begun))
@@ -135,15 +134,6 @@ def prepare(config: RunConfig) -> Training:
     if accelerator.is_main_process:
         accelerator.init_trackers("duet", init_kwargs=tracker_arguments(config, start))
     return training
-
-
-def _require_equal_forwards(parts: Mapping[str, RunConfig], rows: Sequence[Row]) -> None:
-    edit = next((row for row in rows if row.sources), None)
-    if DECODER.name in parts and edit is not None and chosen_sharding().in_step:
-        raise UserError(
-            f"{edit.where} has sources, each one forward of the decoder more: processes would run "
-            f"unequal numbers, for which {engine()} waits: take ddp or zero2"
-        )
 
 
 def _check_pictures(engine: Engine, rows: Sequence[Row], size: Size, precision: str) -> None:
@@ -239,7 +229,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
             project_dir=config.output_dir,
             cpu=on_cpu,
             step_scheduler_with_optimizer=False,
-            # glyph lengths differ, so processes may run unequal numbers of forwards: none of them
-            # may wait in one for the others' buffers, which no forward changes
+            # glyph lengths and sources differ, so processes may run unequal numbers of forwards:
+            # none may wait in one for the others' buffers, which no forward changes
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
