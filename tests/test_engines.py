@@ -18,7 +18,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines") / "alone"
-    launch("ddp", 1, folder, folder, CASES["fsdp2"][0])
+    launch("ddp", 1, folder, folder, *CASES["fsdp2"][0])
     return folder
 
 
@@ -28,7 +28,7 @@ def test_an_update_in_parts_is_that_of_one_process(engine, alone, tmp_path):
     begin on a checkpoint, a loss that is not finite on one process is skipped by all, a resume is
     exact, a hostile file is refused, and the names are those of one process."""
     (cases, parts), folder = CASES[engine], tmp_path / engine
-    launch(engine, 2, folder, alone, cases)
+    launch(engine, 2, folder, alone, *cases)
     for case in cases:
         line = compare(engine, case, alone / case, folder / case)
         assert line.sound, line

@@ -1,10 +1,10 @@
 """What `engines.py` starts on each process: updates of both stages by one engine.
 
-    torchrun --nproc_per_node 2 -m duet.train.tiny.engine_updates FOLDER BEGUN [ar-lora ...]
+    torchrun --nproc_per_node 2 -m duet.train.tiny.engine_updates FOLDER BEGUN [--double] [CASE ...]
 
 Writes into FOLDER, for each stage and tuning, the checkpoints of two steps of AdamW, uninterrupted
-and resumed in between; those after three SGD steps, in float64, and in float32 of a run that begins
-on the first one of BEGUN, a FOLDER too; and what was measured.
+and resumed in between, the one after three SGD steps of a run that begins on the first one of
+BEGUN, a FOLDER too, with --double that after three in float64, and what was measured.
 """
 
 import argparse
@@ -87,9 +87,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("begun", type=Path)
     parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--double", action="store_true")
     options = parser.parse_args()
     for case in options.cases:
         measured = measure(case, options.folder / case, options.begun / case)
+        if options.double and not case.endswith("bf16"):
+            with in_double_precision():
+                _three_of_sgd(case, options.folder / case / "double")
         if PartialState().is_main_process:
             (options.folder / case / "measured.json").write_text(json.dumps(measured))
 
@@ -104,10 +108,7 @@ def measure(case: str, folder: Path, begun: Path) -> dict[str, float | str | boo
     skipped, refused = _skips(whole, second.rollouts), _refuses(whole, folder)
     del policy, whole
     go_on(case, folder / "adam" / "checkpoint-1", folder / "resumed")
-    if not case.endswith("bf16"):
-        _three_of_sgd(case, folder / "single", f"model.adapters=[{begun}/adam/checkpoint-1]")
-        with in_double_precision():
-            _three_of_sgd(case, folder / "double")
+    _three_of_sgd(case, folder / "sgd", f"model.adapters=[{begun}/adam/checkpoint-1]")
     return {
         "engine": engine(),
         "processes": PartialState().num_processes,
