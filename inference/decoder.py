@@ -10,7 +10,7 @@ from torch.nn import Module
 from duet.inference.flow import SDE_STEPS, Gaussian, ode_step
 from duet.inference.rollout import Conditions, Denoising, LatentTrajectory, seeded
 from duet.inference.samples import join
-from duet.inference.source_attention import Seen, SourceAttention, see
+from duet.inference.source_attention import Seen, SourceAttention, passes, see
 
 
 def velocity(dit: Module, x: Tensor, timestep: Tensor, seen: Seen, guidance_scale: float) -> Tensor:
@@ -121,4 +121,19 @@ def score_steps(dit: Module, trajectory: LatentTrajectory, device: torch.device)
     step = torch.tensor(list(window), device=device).repeat(len(latents))
     flat = transition(dit, latents[:, :-1].flatten(0, 1), step, seen, how)
     gaussian = flat.unflatten(len(window))
-    return StepScores(gaussian.logprob(latents[:, 1:]), gaussian)
+    logprobs = gaussian.logprob(latents[:, 1:])
+    if seen.sources is not None:  # in the graph as a whole, as an engine in parts wants a forward
+        logprobs = logprobs + seen.sources.idle
+    return StepScores(logprobs, gaussian)
+
+
+def forwards(trajectory: LatentTrajectory) -> int:
+    """How many forwards of the DiT `score_steps` runs."""
+    return passes(trajectory.given) + 1 + (trajectory.how.guidance_scale > 1)
+
+
+def idle_forward(dit: Module, trajectory: LatentTrajectory, device: torch.device) -> Tensor:
+    """One forward more, for processes that must run equal numbers: a scalar 0 in its graph."""
+    one, how = trajectory.select([0]), trajectory.how.to(device)
+    x, timestep = one.latents[:, 0].to(device), how.schedule.timesteps[how.window.start].view(1)
+    return 0 * velocity(dit, x, timestep, Seen(one.given.to(device), None), 1.0).sum()

@@ -156,6 +156,11 @@ class Engine:
         with self.arithmetic():
             return decoder.score_steps(model, trajectory, self.device)
 
+    def idle_forward(self, trajectory: LatentTrajectory, model: Module) -> Tensor:
+        """One forward of the DiT that counts for nothing: a scalar 0 in its graph."""
+        with self.arithmetic():
+            return decoder.idle_forward(model, trajectory, self.device)
+
     def denoising(self, size: Size, window: range = range(0)) -> Denoising:
         """How a picture of that size is denoised."""
         steps, config = self.sampling.num_inference_steps, self.pipeline.scheduler.config

@@ -40,14 +40,19 @@ class _Layers:
         return self.written.setdefault(layer, _Written())
 
 
-@dataclass(frozen=True)
 class _Layer:
-    """What a layer reads: keys and values [U, S, heads, D] of U groups of sources."""
+    """What a layer reads.
 
-    keys: Tensor
-    values: Tensor
-    rows: Tensor  # int64 [B], each sample's group
+    No dataclass: FSDP2 would take its tensors for inputs of the layer, after whose gradients it
+    reduces the layer's own, and processes without sources have none.
+    """
+
     mode = "read"
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+        """`keys`, `values`: [U, S, heads, D] of U groups of sources; `rows`: int64 [B], each
+        sample's group."""
+        self.keys, self.values, self.rows = keys, values, rows
 
     def get(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """In front of the samples' own [B, L, heads, D], which change nothing here."""
@@ -57,11 +62,12 @@ class _Layer:
         )
 
 
-@dataclass(frozen=True)
 class SourceAttention:
     """Stands for `GlmImageKVCache` in the conditional passes of B samples."""
 
-    layers: list[_Layer]
+    def __init__(self, layers: list[_Layer], idle: Tensor) -> None:
+        """`idle`: scalar 0, by way of what the passes give beside their keys and values."""
+        self.layers, self.idle = layers, idle
 
     def __getitem__(self, layer: int) -> _Layer:
         return self.layers[layer]
@@ -82,11 +88,27 @@ def see(dit: Module, given: Conditions) -> Seen:
     return Seen(given, None if given.sources is None else _attention(dit, given))
 
 
+def passes(given: Conditions) -> int:
+    """How many forwards of the DiT `see` runs."""
+    return sum(map(len, _groups(given).values()))
+
+
+def _groups(given: Conditions) -> dict[int, tuple[Source, ...]]:
+    """The sources, once a group: all of its samples have one tuple."""
+    return {id(sources): sources for sources in given.sources or ()}
+
+
 def _attention(dit: Module, given: Conditions) -> SourceAttention:
-    groups = {id(sources): sources for sources in given.sources}  # of one group, one tuple
+    groups, idle = _groups(given), torch.zeros((), device=given.prior.device)
     order = list(groups)
     rows = torch.tensor([order.index(id(s)) for s in given.sources], device=given.prior.device)
-    read = [[_read(dit, source, given) for source in sources] for sources in groups.values()]
+    read: list[list[_Layers]] = []
+    for sources in groups.values():
+        read.append([])
+        for source in sources:
+            layers, output = _read(dit, source, given)
+            read[-1].append(layers)
+            idle = idle + 0 * output.float().sum()
     layers = []
     for layer in read[0][0].written:
         keys, values = (
@@ -99,14 +121,14 @@ def _attention(dit: Module, given: Conditions) -> SourceAttention:
             for name in ("keys", "values")
         )
         layers.append(_Layer(keys, values, rows))
-    return SourceAttention(layers)
+    return SourceAttention(layers, idle)
 
 
-def _read(dit: Module, source: Source, given: Conditions) -> _Layers:
+def _read(dit: Module, source: Source, given: Conditions) -> tuple[_Layers, Tensor]:
     device, dtype = given.glyphs.device, given.glyphs.dtype
     own, size = source.to(device), source.size
     tokens, layers = own.tokens[None], _Layers()
-    dit(
+    [output] = dit(
         hidden_states=own.latents[None].to(dtype),
         encoder_hidden_states=given.glyphs[:1, :0],
         prior_token_id=tokens,
@@ -117,4 +139,4 @@ def _read(dit: Module, source: Source, given: Conditions) -> _Layers:
         kv_caches=layers,
         return_dict=False,
     )
-    return layers
+    return layers, output

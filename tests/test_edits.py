@@ -23,6 +23,7 @@ from duet.inference.request import Request
 from duet.inference.samples import join
 from duet.inference.sources import source_size
 from duet.train.recompute import recompute_blocks
+from duet.train.stages import DecoderStage
 from duet.train.tiny.gaps import walk
 from tests.conftest import MODEL, SIZE
 from tests.stock import stock_inputs, stock_logits
@@ -354,6 +355,40 @@ def test_the_gradient_is_that_of_finite_differences(tuned, mixed, recomputed):
         other = gradient(engine, trajectories, module, trained)
     apart = torch.sqrt(sum((a - b).square().sum() for a, b in zip(own, other, strict=True)))
     assert float(apart / norm) > 0.1
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "computed again"])
+def test_scoring_runs_as_many_forwards_as_it_counts_and_as_it_is_asked(small_run, recomputed):
+    """Each in the graph by its output, and backward in the reverse order: an engine that keeps
+    weights in parts gathers them by that. Those beyond its own change nothing."""
+    config = small_run("decoder")
+    engine = Engine.of(load_pipeline(str(MODEL)), config, progress=False)
+    stage, module = DecoderStage(engine, config), engine.pipeline.transformer
+    add_adapter(module, DECODER, 4, 8)
+    walk(module, 0.02)
+    requests = [replace(r, size=SIZE, prior=torch.arange(6)) for r in MIXED]
+    rollouts = engine.rollout(requests, range(2))
+    if recomputed:
+        recompute_blocks(module, DECODER.block)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    ran: list[int] = []
+    back: list[int] = []
+
+    def begun(dit, args, output):
+        output[0].register_hook(lambda _, place=len(ran): back.append(place))
+        ran.append(len(ran))
+
+    module.register_forward_hook(begun)
+    found = []
+    for asked in (0, stage.forwards(rollouts), stage.forwards(rollouts) + 3):
+        ran.clear()
+        back.clear()
+        logprobs = stage.score(rollouts, module, asked).logprobs
+        gradients = torch.autograd.grad(logprobs.sum(), trained)
+        assert len(ran) == max(asked, stage.forwards(rollouts)) and back == ran[::-1]
+        found.append([logprobs, *gradients])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize(

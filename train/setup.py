@@ -111,7 +111,6 @@ def _ask(config: RunConfig) -> _Asked:
     }
     for part in parts.values():
         require_references(part, rows)
-    _require_equal_forwards(parts, rows)
     begun = from_main(accelerator, lambda: given(config))
     start = from_main(
         accelerator, lambda: find_start(config, processes, read_inputs(config, rows, begun))
@@ -130,15 +129,6 @@ def _require_fit(asked: _Asked) -> None:
     for each in each_beside_others(asked.parts.values()):
         there = Deployment(sizes, processes, memory, each.others, sharding_engine(), datasets)
         require_fit(each.own, there)
-
-
-def _require_equal_forwards(parts: Mapping[str, RunConfig], rows: Sequence[Row]) -> None:
-    edit = next((row for row in rows if row.sources), None)
-    if DECODER.name in parts and edit is not None and chosen_sharding().in_step:
-        raise UserError(
-            f"{edit.where} has sources, each one forward of the decoder more: processes would run "
-            f"unequal numbers, for which {sharding_engine()} waits: take ddp or zero2"
-        )
 
 
 def _check_pictures(engine: Engine, rows: Sequence[Row], size: Size, precision: str) -> None:
@@ -266,7 +256,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
             project_dir=config.output_dir,
             cpu=on_cpu,
             step_scheduler_with_optimizer=False,
-            # glyph lengths differ, so processes may run unequal numbers of forwards: none of them
-            # may wait in one for the others' buffers, which no forward changes
+            # glyph lengths and sources differ, so processes may run unequal numbers of forwards:
+            # none may wait in one for the others' buffers, which no forward changes
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )

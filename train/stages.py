@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.nn.functional import pad
 
 from duet.configs.schema import RunConfig
+from duet.inference import decoder
 from duet.inference.batching import pack
 from duet.inference.engine import Engine
 from duet.inference.flow import Gaussian
@@ -76,12 +77,12 @@ class Stage(Protocol):
         """A micro-batch, in as many backward passes as memory asks for."""
 
     def forwards(self, rollouts: Sequence[Rollout]) -> int:
-        """How many batches `score` makes of them."""
+        """How many forwards `score` runs the module for them."""
 
     def score(self, rollouts: Sequence[Rollout], module: Module, forwards: int = 0) -> Scored:
         """The actions of all samples by the module's weights of the moment.
 
-        With `forwards`, in at least so many batches; those beyond its own count for nothing.
+        With `forwards`, in at least so many; those beyond its own count for nothing.
         """
 
     def kl(self, scored: Scored, reference: Scored) -> Tensor:
@@ -190,21 +191,19 @@ class DecoderStage:
         ]
 
     def forwards(self, rollouts: Sequence[Rollout]) -> int:
-        return len(_alike(_split(rollouts)))
+        return sum(map(decoder.forwards, _alike(_split(rollouts))[1]))
 
     def score(self, rollouts: Sequence[Rollout], module: Module, forwards: int = 0) -> Scored:
-        samples = _split(rollouts)
-        batches = _alike(samples)
-        more = [batches[-1]] * (forwards - len(batches))
-        made = [self._replay([samples[i] for i in batch], module) for batch in batches + more]
-        own, surplus = join(made[: len(batches)]), made[len(batches) :]
-        for scored in surplus:  # in the graph too: its backward waits for other processes as well
-            own = replace(own, logprobs=own.logprobs + 0 * scored.logprobs.sum())
-        order = [i for batch in batches for i in batch]
-        return own.select([order.index(i) for i in range(len(samples))])
+        order, batches = _alike(_split(rollouts))
+        own = join([self._replay(batch, module) for batch in batches])
+        for _ in range(forwards - sum(map(decoder.forwards, batches))):
+            # in the graph too: its backward waits for other processes as well
+            idle = self.engine.idle_forward(batches[0], module)
+            own = replace(own, logprobs=own.logprobs + idle)
+        return own.select([order.index(i) for i in range(len(order))])
 
-    def _replay(self, alike: Sequence[LatentTrajectory], module: Module) -> Scored:
-        scores = self.engine.score_steps(join(alike), module)
+    def _replay(self, alike: LatentTrajectory, module: Module) -> Scored:
+        scores = self.engine.score_steps(alike, module)
         return Scored(scores.logprobs, gaussian=scores.gaussian)
 
     def kl(self, scored: Scored, reference: Scored) -> Tensor:
@@ -225,9 +224,11 @@ def _split(rollouts: Sequence[Rollout]) -> list[LatentTrajectory]:
     return [sample for rollout in rollouts for sample in rollout.latents.split()]
 
 
-def _alike(samples: Sequence[LatentTrajectory]) -> list[list[int]]:
-    """Those of one shape, which one forward takes."""
-    return pack(samples, len(samples), key=lambda sample: sample.given.kind)
+def _alike(samples: Sequence[LatentTrajectory]) -> tuple[list[int], list[LatentTrajectory]]:
+    """Batches of one shape each, which one forward takes; and the samples' places in them."""
+    batches = pack(samples, len(samples), key=lambda sample: sample.given.kind)
+    order = [i for batch in batches for i in batch]
+    return order, [join([samples[i] for i in batch]) for batch in batches]
 
 
 def _request(engine: Engine, group: Group, size: Size) -> Request:

@@ -1,17 +1,20 @@
 """What `engines.py` starts on each process: updates of both stages by one engine.
 
-    torchrun --nproc_per_node 2 -m duet.train.tiny.engine_updates FOLDER [ar-lora decoder-full ...]
+    torchrun --nproc_per_node 2 -m duet.train.tiny.engine_updates FOLDER BEGUN [--double] [CASE ...]
 
-Writes into FOLDER, for each stage and tuning, the checkpoint after three SGD steps, those of two
-steps of AdamW, uninterrupted and resumed in between, and what was measured.
+Writes into FOLDER, for each stage and tuning, the checkpoints of two steps of AdamW, uninterrupted
+and resumed in between, the one after three SGD steps of a run that begins on the first one of
+BEGUN, a FOLDER too, with --double that after three in float64, and what was measured.
 """
 
 import argparse
 import gc
 import json
+import random
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +27,7 @@ from torch.optim import SGD, Optimizer
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
+from duet.inference.rollout import Rollout
 from duet.rewards.base import RewardInput
 from duet.train.advantages import group_advantages
 from duet.train.checkpoint import save_checkpoint
@@ -33,15 +37,26 @@ from duet.train.learn import learn
 from duet.train.run import Training
 from duet.train.setup import prepare
 from duet.train.state import load_state
+from duet.train.tiny.double_precision import in_double_precision
 from duet.train.tiny.gaps import SHIPPED
+from duet.train.tiny.world import draw, sample_card
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
-CASES = ("decoder-lora", "decoder-full", "ar-lora", "ar-full", "decoder-lora-bf16", "ar-lora-bf16")
+CASES = (
+    "decoder-lora",
+    "decoder-lora-edits",
+    "decoder-full",
+    "ar-lora",
+    "ar-full",
+    "decoder-lora-bf16",
+    "ar-lora-bf16",
+)
 # of SGD: with larger ones each step would magnify the rounding of the one before
-_RATES = {"decoder-lora": 100, "decoder-full": 30, "ar-lora": 0.01, "ar-full": 0.01}
+_RATES = {"decoder-lora": 10, "decoder-full": 30, "ar-lora": 0.01, "ar-full": 0.01}
 _SAMPLES = 2  # of a prompt; one batch each in sampling, whatever the processes
 # drawn in this order; of two processes the second one has glyphs of two lengths
 _WORDS = ("CAT", "PEN", "DOG", "HELLO")
+_SOURCES = (0, 1, 2, 1)  # of the prompts that edit; with two processes the second one has more
 _ORDER = np.random.default_rng([0, 0]).permutation(len(_WORDS))
 _COMMON = (
     f"rollout.prompts_per_step={len(_WORDS)}",
@@ -56,6 +71,7 @@ _COMMON = (
     "rewards=[{name: duet.train.tiny.engine_updates.Alternating}]",
     "train.trackers=[]",
     "train.max_steps=2",
+    "train.ddp_timeout=300",
 )
 
 
@@ -69,27 +85,30 @@ class Alternating:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("begun", type=Path)
     parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--double", action="store_true")
     options = parser.parse_args()
     for case in options.cases:
-        measured = measure(case, options.folder / case)
+        measured = measure(case, options.folder / case, options.begun / case)
+        if options.double and not case.endswith("bf16"):
+            with in_double_precision():
+                _three_of_sgd(case, options.folder / case / "double")
         if PartialState().is_main_process:
             (options.folder / case / "measured.json").write_text(json.dumps(measured))
 
 
-def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
-    with mock.patch("duet.train.policy.AdamW", _sgd):
-        rate = f"optim.learning_rate={_RATES[case.removesuffix('-bf16')]}"
-        steps = ("grpo.num_iterations=3", "optim.max_grad_norm=1000")
-        _step(_prepare(case, folder / "sgd", _SAMPLES, rate, *steps), 0)
+def measure(case: str, folder: Path, begun: Path) -> dict[str, float | str | bool]:
     whole = _prepare(case, folder / "adam", 2 * _SAMPLES)
     policy = whole.at(0).policy
     held = sum(value.numel() for value in policy.held)
-    seconds = [_step(whole, step) for step in range(2)]
+    _step(whole, 0)
+    second = _step(whole, 1)
     moments = sum(moment.numel() for moment in policy.sharding.moments())
-    skipped, refused = _skips(whole), _refuses(whole, folder)
+    skipped, refused = _skips(whole, second.rollouts), _refuses(whole, folder)
     del policy, whole
     go_on(case, folder / "adam" / "checkpoint-1", folder / "resumed")
+    _three_of_sgd(case, folder / "sgd", f"model.adapters=[{begun}/adam/checkpoint-1]")
     return {
         "engine": sharding_engine(),
         "processes": PartialState().num_processes,
@@ -97,8 +116,16 @@ def measure(case: str, folder: Path) -> dict[str, float | str | bool]:
         "moments": moments,
         "skipped": skipped,
         "refused": refused,
-        "seconds": seconds[1],
+        "seconds": second.seconds,
     }
+
+
+def _three_of_sgd(case: str, output: Path, *overrides: str) -> None:
+    with mock.patch("duet.train.policy.AdamW", _sgd):
+        rate = _RATES["-".join(case.split("-")[:2])]
+        steps = (f"optim.learning_rate={rate}", "grpo.num_iterations=3", "optim.max_grad_norm=1000")
+        _step(_prepare(case, output, _SAMPLES, *steps, *overrides), 0)
+    _forget()
 
 
 def go_on(case: str, checkpoint: Path, output: Path) -> None:
@@ -108,16 +135,14 @@ def go_on(case: str, checkpoint: Path, output: Path) -> None:
     _forget()
 
 
-def _skips(training: Training) -> bool:
+def _skips(training: Training, rollouts: list[Rollout]) -> bool:
     """A loss that is not finite on the last process: does every one leave its weights alone?"""
     run = training.at(0)
     accelerator, policy = run.accelerator, run.policy
-    collected = collect(run, 0)
     before = [value.detach().clone() for value in policy.held]
     last = accelerator.process_index == accelerator.num_processes - 1
-    samples = sum(map(len, collected.rollouts))
-    gains = torch.full([samples], torch.nan if last else 1.0)
-    learn(run, collected.rollouts, gains, first=False)
+    gains = torch.full([sum(map(len, rollouts))], torch.nan if last else 1.0)
+    learn(run, rollouts, gains, first=False)
     same = all(map(torch.equal, before, policy.held)) and policy.skipped_in_a_row == 1
     return all(gather_object([same]))
 
@@ -153,20 +178,20 @@ def _sgd(parameters: list[torch.Tensor], lr: float, **rest: object) -> Optimizer
 
 def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
     _forget()
-    stage, tuning, *low = case.split("-")
-    precision = SHIPPED if low else []
+    stage, tuning, *more = case.split("-")
     own = len(_WORDS) * _SAMPLES // PartialState(cpu=True).num_processes
     batch = min(batch, own)
     sizes = [
         f"optim.per_device_train_batch_size={batch}",
         f"optim.gradient_accumulation_steps={own // batch}",
     ]
-    data = f"data.train={output.parents[1] / 'rows.jsonl'}"
+    rows = output.parents[1] / ("edits.jsonl" if "edits" in more else "rows.jsonl")
     given = [
         *_COMMON,
-        *precision,
+        *(SHIPPED if "bf16" in more else []),
         *sizes,
-        data,
+        f"data.train={rows}",
+        f"optim.gradient_checkpointing={'edits' in more}",
         f"tuning={tuning}",
         f"output_dir={output}",
         *overrides,
@@ -176,11 +201,17 @@ def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
 
 def write_rows(folder: Path) -> None:
     """What the runs are trained on. Before they start."""
-    rows = [""] * len(_WORDS)
-    for place, word in zip(_ORDER, _WORDS, strict=True):
-        rows[place] = json.dumps({"prompt": f'a red card with the white word "{word}"'})
+    rows, edits = [""] * len(_WORDS), [""] * len(_WORDS)
+    for place, word, count in zip(_ORDER, _WORDS, _SOURCES, strict=True):
+        row = {"prompt": f'a red card with the white word "{word}"'}
+        edit = row | ({"sources": ["card.png", "large.png"][:count]} if count else {})
+        rows[place], edits[place] = json.dumps(row), json.dumps(edit)
     folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "edits.jsonl").write_text("\n".join(edits))
+    card = sample_card(random.Random(0))
+    draw(card).save(folder / "card.png")
+    draw(card, 1.5).save(folder / "large.png")
 
 
 def _forget() -> None:
@@ -189,8 +220,14 @@ def _forget() -> None:
     AcceleratorState._reset_state()
 
 
-def _step(training: Training, step: int) -> float:
-    """One rollout with its updates, and a checkpoint; the seconds without it."""
+@dataclass(frozen=True)
+class _Step:
+    rollouts: list[Rollout]
+    seconds: float  # without the checkpoint
+
+
+def _step(training: Training, step: int) -> _Step:
+    """One rollout with its updates, and a checkpoint."""
     run, config, start = training.at(step), training.config, time.perf_counter()
     collected = collect(run, step)
     advantages = group_advantages(
@@ -201,7 +238,7 @@ def _step(training: Training, step: int) -> float:
     save_checkpoint(
         training.policies, config, training.start.run_id, training.start.inputs, step + 1
     )
-    return seconds
+    return _Step(collected.rollouts, seconds)
 
 
 if __name__ == "__main__":
