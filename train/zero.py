@@ -216,4 +216,6 @@ def _deepspeed(device: torch.device) -> ModuleType:
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    if device.type == "cpu":  # gloo serves: its own all-reduce is compiled at the first use
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
