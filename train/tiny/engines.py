@@ -31,9 +31,11 @@ ENGINES = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
 }
-# in the largest change, beside the rounding of the weight itself: each step builds on the one
-# before, and in float32 the AR's forward is no surer than 1e-6; float64 shows that it is rounding
+# in the largest change, beside the rounding of the weight itself. In float32 each step magnifies
+# the rounding of the one before: the AR's forward is no surer than 1e-6, and ZeRO-3's gathered
+# weights lie otherwise in memory, where some kernels round otherwise. Float64 shows that it is that
 WEIGHTS_ALLOWED = {"decoder": 1e-6, "ar": 1e-5}
+ZERO3_ALLOWED = 1e-5
 DOUBLE_ALLOWED = 1e-12
 MOMENTS_ALLOWED = 1e-4  # in the largest
 
@@ -57,8 +59,11 @@ class Line:
 
     @property
     def sound(self) -> bool:
+        allowed = WEIGHTS_ALLOWED[self.case.split("-")[0]]
+        if self.engine == "zero3":
+            allowed = ZERO3_ALLOWED
         equal = self.case.endswith("bf16") or (  # which rounds a thousand times as much
-            self.weights <= WEIGHTS_ALLOWED[self.case.split("-")[0]]
+            self.weights <= allowed
             and (self.double or 0) <= DOUBLE_ALLOWED
             and self.moments <= MOMENTS_ALLOWED
         )
