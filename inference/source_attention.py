@@ -4,6 +4,7 @@ They come from trained layers, so they are made anew by the weights of the momen
 sampling and each scoring, with gradient where the caller wants one, and kept by nobody.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from duet.inference.sources import Source
 
 
 class _Written:
-    """A layer's keys and values [1, S, heads, D] of one source, as `GlmImageAttnProcessor` gives
+    """A layer's keys and values [U, S, heads, D] of U sources, as `GlmImageAttnProcessor` gives
     them.
 
     Gradient checkpointing runs a layer again in backward: what it gives then nobody reads.
@@ -31,7 +32,7 @@ class _Written:
 
 
 class _Layers:
-    """Stands for `GlmImageKVCache`, of a source that is being read."""
+    """Stands for `GlmImageKVCache`, of sources that are being read."""
 
     def __init__(self) -> None:
         self.written: dict[int, _Written] = {}
@@ -76,7 +77,7 @@ class Seen:
 
 
 def see(dit: Module, given: Conditions) -> Seen:
-    """Run each source through the DiT once: at timestep 0, with its own prior tokens and no text
+    """Run the sources through the DiT once: at timestep 0, with its own prior tokens and no text
     (as `GlmImagePipeline`).
     """
     return Seen(given, None if given.sources is None else _attention(dit, given))
@@ -86,34 +87,32 @@ def _attention(dit: Module, given: Conditions) -> SourceAttention:
     groups = {id(sources): sources for sources in given.sources}  # of one group, one tuple
     order = list(groups)
     rows = torch.tensor([order.index(id(s)) for s in given.sources], device=given.prior.device)
-    read = [[_read(dit, source, given) for source in sources] for sources in groups.values()]
+    # in one batch all groups' first sources have one size, and so have their second ones
+    read = [_read(dit, sources, given) for sources in zip(*groups.values(), strict=True)]
     layers = []
-    for layer in read[0][0].written:
+    for layer in read[0].written:
         keys, values = (
-            torch.cat(
-                [
-                    torch.cat([getattr(source[layer], name) for source in sources], 1)
-                    for sources in read
-                ]
-            )
+            torch.cat([getattr(source[layer], name) for source in read], 1)
             for name in ("keys", "values")
         )
         layers.append(_Layer(keys, values, rows))
     return SourceAttention(layers)
 
 
-def _read(dit: Module, source: Source, given: Conditions) -> _Layers:
-    device, dtype = given.glyphs.device, given.glyphs.dtype
-    own, size = source.to(device), source.size
-    tokens, layers = own.tokens[None], _Layers()
+def _read(dit: Module, sources: Sequence[Source], given: Conditions) -> _Layers:
+    """U sources of one size."""
+    device, dtype, count = given.glyphs.device, given.glyphs.dtype, len(sources)
+    own, size, layers = [source.to(device) for source in sources], sources[0].size, _Layers()
+    tokens = torch.stack([source.tokens for source in own])
+    sides = torch.tensor([[size.height, size.width]], dtype=dtype, device=device)
     dit(
-        hidden_states=own.latents[None].to(dtype),
-        encoder_hidden_states=given.glyphs[:1, :0],
+        hidden_states=torch.stack([source.latents for source in own]).to(dtype),
+        encoder_hidden_states=given.glyphs[:1, :0].expand(count, -1, -1),
         prior_token_id=tokens,
         prior_token_drop=torch.zeros_like(tokens, dtype=torch.bool),
-        timestep=torch.zeros(1, device=device),
-        target_size=torch.tensor([[size.height, size.width]], dtype=dtype, device=device),
-        crop_coords=torch.zeros(1, 2, dtype=dtype, device=device),
+        timestep=torch.zeros(count, device=device),
+        target_size=sides.expand(count, -1),
+        crop_coords=torch.zeros_like(sides).expand(count, -1),
         kv_caches=layers,
         return_dict=False,
     )
