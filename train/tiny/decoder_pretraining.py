@@ -28,7 +28,7 @@ def scaled(batch: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(
-    model_folder: Path, seed: int = 2, cards: int = 2000, styled: int = 2000, steps: int = 2200
+    model_folder: Path, seed: int = 2, cards: int = 2000, styled: int = 2000, steps: int = 1800
 ) -> None:
     """L1 + a little L2 and KL; then the latents' statistics go into the config."""
     torch.manual_seed(seed)
