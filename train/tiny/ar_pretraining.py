@@ -9,7 +9,7 @@ from diffusers import GlmImagePipeline
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from duet.inference.layout import Size
 from duet.inference.prompt import Prompt, PromptBatch, edit_prompt, text_grids, text_prompt
@@ -111,10 +111,10 @@ def draw_preview(card: Card):
 
 def _card_pool(pipeline, rng: random.Random, count: int) -> list[tuple[Card, Tensor]]:
     """Cards with the tokens of preview and picture."""
-    cards = [sample_card(rng, any_pair=True) for _ in trange(count, desc="AR cards")]
-    parts = [image_codes(pipeline, [draw_preview(card) for card in cards])]
-    parts.append(image_codes(pipeline, [draw(card) for card in cards]))
-    return list(zip(cards, torch.cat(parts, 1), strict=True))
+    cards = [sample_card(rng, any_pair=True) for _ in range(count)]
+    previews = image_codes(pipeline, (draw_preview(card) for card in tqdm(cards, "AR cards")))
+    large = image_codes(pipeline, map(draw, cards))
+    return list(zip(cards, torch.cat([previews, large], 1), strict=True))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ letter of its slot, not what OCR makes of it. Blocks and slots are drawn on the 
 found: on a wrong one they may be right.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -17,12 +17,14 @@ from PIL import Image
 from duet.train.tiny.drawing import BLOCK_PIXELS, HEIGHT_PIXELS, SLOT_PIXELS, WIDTH_PIXELS
 from duet.train.tiny.edits import BACKGROUND, WORD
 from duet.train.tiny.scenes import PLAIN, Emblem, Scene, draw_scene
-from duet.train.tiny.world import ALPHABET, PALETTE, PLACES, SHAPES, TEXT_COLOURS, Shape
+from duet.train.tiny.world import ALPHABET, PALETTE, PLACES, SHAPES, TEXT_COLOURS, Card, Shape
 
 _LETTERS = 5  # slots that a word may fill
 _TOLERANCE = 64.0  # root of the mean squared difference to the wanted region, in grey levels
 _GROUND_STYLES = PLAIN, "striped", "night"
 _GROUND_ROWS = np.r_[0:4, 29:36, 60:64]  # stripes are four rows high
+
+_COLUMNS = [slice(c * BLOCK_PIXELS, (c + 1) * BLOCK_PIXELS) for c in PLACES.values()]
 
 Box = tuple[slice, slice]
 
@@ -84,26 +86,26 @@ def _grounds(wanted: Scene) -> list[_Ground]:
     return grounds
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _regions(wanted: Scene) -> list[tuple[str, Box, np.ndarray]]:
     """Name, place and drawings [K, h, w, 3], the wanted one first, of blocks and slots; a block
     with an emblem is four, a cell each, the word one a slot.
     """
     first, regions = _drawn(wanted), []
-    blocks = [_drawn(s) for s in _fillings(wanted)]
-    cells = [_drawn(s) for s in _emblems(wanted)]
+    ground = wanted.card.background, wanted.style
     for name, column in PLACES.items():
         box = _box(0, column * BLOCK_PIXELS, BLOCK_PIXELS, BLOCK_PIXELS)
         if wanted.emblem and wanted.emblem.place == name:
             half = BLOCK_PIXELS // 2
             quarters = [_box(y, box[1].start + x, half, half) for y in (0, half) for x in (0, half)]
-            regions += [(name, quarter, _differing(first, cells, quarter)) for quarter in quarters]
+            regions += [
+                (name, quarter, _differing(first, _cells(*ground), quarter)) for quarter in quarters
+            ]
         else:
-            regions.append((name, box, _differing(first, blocks, box)))
-    words = [_drawn(s) for s in _words(wanted)]
+            regions.append((name, box, _differing(first, _blocks(*ground), box)))
     for slot in range(_LETTERS):
         box = _box(BLOCK_PIXELS, slot * SLOT_PIXELS, HEIGHT_PIXELS - BLOCK_PIXELS, SLOT_PIXELS)
-        regions.append((WORD, box, _differing(first, words, box)))
+        regions.append((WORD, box, _differing(first, _words(*ground), box)))
     return regions
 
 
@@ -122,32 +124,38 @@ def _drawn(scene: Scene) -> np.ndarray:
     return np.asarray(draw_scene(scene))
 
 
-def _fillings(wanted: Scene) -> Iterator[Scene]:
+@cache
+def _blocks(background: str, style: str) -> list[np.ndarray]:
     """All three blocks empty, or with a shape of every kind and colour, filled or in outline."""
-    bare = replace(wanted, emblem=None)
-    yield replace(bare, card=replace(wanted.card, shapes=()))
-    styles = {wanted.style, *((PLAIN, "outline") if wanted.style in (PLAIN, "outline") else ())}
-    for style in sorted(styles):
-        for kind in SHAPES:
-            for colour in PALETTE:
-                if colour != wanted.card.background:
-                    shapes = tuple(Shape(kind, colour, place) for place in PLACES)
-                    yield replace(bare, style=style, card=replace(wanted.card, shapes=shapes))
+    styles = (PLAIN, "outline") if style in (PLAIN, "outline") else (style,)
+    shapes = [
+        tuple(Shape(kind, colour, place) for place in PLACES)
+        for kind in SHAPES
+        for colour in PALETTE
+        if colour != background
+    ]
+    drawn = [_drawn(Scene(Card(background, own, "white", ""), s)) for own in shapes for s in styles]
+    return [_drawn(Scene(Card(background, (), "white", ""), style)), *drawn]
 
 
-def _emblems(wanted: Scene) -> Iterator[Scene]:
-    """The emblem's block empty, or with all cells of a colour."""
-    if wanted.emblem:
-        yield replace(wanted, emblem=None)
-        for colour in PALETTE:
-            if colour != wanted.card.background:
-                yield replace(wanted, emblem=Emblem((colour,) * 4, wanted.emblem.place))
+@cache
+def _cells(background: str, style: str) -> list[np.ndarray]:
+    """All three blocks empty, or with emblems of one colour."""
+    bare = Card(background, (), "white", "")
+    drawn = [_drawn(Scene(bare, style))]
+    for colour in PALETTE:
+        if colour != background:
+            three = [_drawn(Scene(bare, style, Emblem((colour,) * 4, place))) for place in PLACES]
+            drawn.append(np.concatenate([p[:, b] for p, b in zip(three, _COLUMNS, strict=True)], 1))
+    return drawn
 
 
-def _words(wanted: Scene) -> Iterator[Scene]:
+@cache
+def _words(background: str, style: str) -> list[np.ndarray]:
     """Every letter in every slot, in either colour, and none."""
-    yield replace(wanted, card=replace(wanted.card, word=""))
-    for colour in TEXT_COLOURS:
-        for letter in ALPHABET:
-            card = replace(wanted.card, text_colour=colour, word=letter * _LETTERS)
-            yield replace(wanted, card=card)
+    words = ["", *(letter * _LETTERS for letter in ALPHABET)]
+    return [
+        _drawn(Scene(Card(background, (), colour, word), style))
+        for word in words
+        for colour in TEXT_COLOURS
+    ]

@@ -19,6 +19,7 @@ from duet.train.tiny.scenes import Scene, box_in_block, draw_scene
 from duet.train.tiny.world import PLACES, Card
 
 _COUNTS = {"train": 160, "eval": 96}
+_EDGE = 3  # pixels into which resampling carries the ground
 _CORE_PIXELS = 3, 5  # half the width and height that lie within every shape, also in outline
 
 
@@ -71,7 +72,9 @@ def kept_boxes(edit: Edit) -> list[list[int]]:
         return []
     if edit.kind == "identity":
         before, after = edit.sources[0].emblem, edit.wanted.emblem
-        return [box_in_block(after.place)] if before == after else []
+        left, top, right, bottom = box_in_block(after.place)
+        inside = [left + _EDGE, top + _EDGE, right - _EDGE, bottom - _EDGE]
+        return [inside] if before == after else []
     if BACKGROUND in edit.asked:
         return [_core(shape.place) for shape in edit.sources[0].card.shapes]
     half = [0, BLOCK_PIXELS, WIDTH_PIXELS, HEIGHT_PIXELS]

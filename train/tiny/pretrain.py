@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from duet.train.tiny import ar_pretraining, decoder_pretraining, dit_pretraining, edit_rows, judges
 from duet.train.tiny.ar_pretraining import draw_preview
@@ -39,12 +39,12 @@ def build_codebook(
     pipeline = build_pipeline()
     model = pipeline.vision_language_encoder.eval()
     rng = random.Random(seed)
-    drawn = [sample_card(rng, any_pair=True) for _ in trange(cards, desc="codebook cards")]
-    preview = vision_features(pipeline, [draw_preview(card) for card in drawn])
+    drawn = [sample_card(rng, any_pair=True) for _ in range(cards)]
+    preview = vision_features(pipeline, (draw_preview(c) for c in tqdm(drawn, "codebook cards")))
     own = torch.randint(preview.shape[1], (cards, 2, 1)).expand(-1, -1, preview.shape[2])
-    of_cards = _blocks(vision_features(pipeline, [draw(card) for card in drawn]))
+    of_cards = _blocks(vision_features(pipeline, map(draw, drawn)))
     of_cards = torch.cat([of_cards, preview.gather(1, own).flatten(0, 1)])
-    scenes = [draw_scene(sample_styled(rng)) for _ in trange(styled, desc="codebook styles")]
+    scenes = (draw_scene(sample_styled(rng)) for _ in trange(styled, desc="codebook styles"))
     pools = of_cards, _blocks(vision_features(pipeline, scenes))
     counts = CODEBOOK_SIZE - CODEBOOK_SIZE // 3, CODEBOOK_SIZE // 3
     codes = []
