@@ -16,6 +16,8 @@ from duet.train.tiny.parts import build_glyph_encoder, build_vae
 from duet.train.tiny.scenes import draw_scene
 from duet.train.tiny.world import ALPHABET, WORD_LENGTHS, draw, is_held_out_word, sample_card
 
+_SAVE_STEPS = 250
+
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
     """uint8 [3, H, W]."""
@@ -27,28 +29,18 @@ def scaled(batch: torch.Tensor) -> torch.Tensor:
     return batch.float() / 127.5 - 1
 
 
-def train_vae(
-    model_folder: Path, seed: int = 2, cards: int = 2000, styled: int = 2000, steps: int = 1800
-) -> None:
-    """L1 + a little L2 and KL; then the latents' statistics go into the config."""
+def train_vae(model_folder: Path, seed: int = 2, cards: int = 3000, steps: int = 3000) -> None:
+    """On cards alone; then the latents' statistics go into the config."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    drawn = [draw(sample_card(rng)) for _ in range(cards)]
-    drawn += [draw_scene(sample_styled(rng)) for _ in range(styled)]
-    images = torch.stack([pixels_of(picture) for picture in drawn])
+    images = torch.stack([pixels_of(draw(sample_card(rng))) for _ in range(cards)])
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
     progress = trange(steps, desc="VAE")
     for step in progress:
-        x = scaled(images[torch.randint(len(images), (8,))])
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        loss = (
-            (y - x).abs().mean()
-            + (y - x).square().mean()
-            + 1e-5 * posterior.kl().mean() / x[0].numel()
-        )
+        x = scaled(images[torch.randint(cards, (8,))])
+        loss = _vae_loss(vae, x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -56,22 +48,11 @@ def train_vae(
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
-    vae.eval()
-    with torch.no_grad():
-        latents = torch.cat(
-            [
-                vae.encode(scaled(b)).latent_dist.mode()
-                for b in images[torch.randperm(len(images))[:768]].split(64)
-            ]
-        )
-    vae.register_to_config(
-        latents_mean=latents.mean((0, 2, 3)).tolist(), latents_std=latents.std((0, 2, 3)).tolist()
-    )
-    vae.save_pretrained(model_folder / "vae")
+    _save_with_statistics(vae, images[:512], model_folder)
 
 
 def refine_vae_decoder(
-    model_folder: Path, seed: int = 6, cards: int = 2000, styled: int = 2000, steps: int = 2000
+    model_folder: Path, seed: int = 6, cards: int = 4000, steps: int = 3000
 ) -> None:
     """The VAE's decoder alone, on cards of any pair and slightly noised latents.
 
@@ -80,9 +61,8 @@ def refine_vae_decoder(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = AutoencoderKL.from_pretrained(model_folder / "vae").eval()
-    drawn = [draw(sample_card(rng, any_pair=True)) for _ in range(cards)]
-    drawn += [draw_scene(sample_styled(rng)) for _ in range(styled)]
-    images = torch.stack([pixels_of(picture) for picture in drawn])
+    drawn = [pixels_of(draw(sample_card(rng, any_pair=True))) for _ in range(cards)]
+    images = torch.stack(drawn)
     with torch.no_grad():
         latents = torch.cat([vae.encode(scaled(b)).latent_dist.mode() for b in images.split(64)])
     spread = latents.std((0, 2, 3), keepdim=True)
@@ -90,7 +70,7 @@ def refine_vae_decoder(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
     progress = trange(steps, desc="VAE decoder")
     for step in progress:
-        pick = torch.randint(len(images), (8,))
+        pick = torch.randint(cards, (8,))
         z = latents[pick] + 0.05 * spread * torch.randn_like(latents[pick])
         y, x = vae.decode(z).sample, scaled(images[pick])
         loss = (y - x).abs().mean() + (y - x).square().mean()
@@ -101,6 +81,59 @@ def refine_vae_decoder(
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
+    vae.save_pretrained(model_folder / "vae")
+
+
+def train_vae_styles(
+    model_folder: Path, seed: int = 8, cards: int = 2000, styled: int = 3000, steps: int = 2000
+) -> None:
+    """The VAE goes on, on cards and on pictures in styles and with emblems, both of any pair.
+
+    From fresh weights on all of that at once it needs far more steps.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    vae = AutoencoderKL.from_pretrained(model_folder / "vae")
+    drawn = [draw(sample_card(rng, any_pair=True)) for _ in range(cards)]
+    drawn += [draw_scene(sample_styled(rng)) for _ in range(styled)]
+    images = torch.stack([pixels_of(picture) for picture in drawn])
+    images = images[torch.randperm(len(images))]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.05)
+    progress = trange(steps, desc="VAE styles")
+    for step in progress:
+        x = scaled(images[torch.randint(len(images), (8,))])
+        loss = _vae_loss(vae, x, 0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
+            _save_with_statistics(vae, images[:768], model_folder)
+
+
+def _vae_loss(vae: AutoencoderKL, x: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
+    """`noise`: of the latents, as a share of their deviation, so that the decoder bears it."""
+    posterior = vae.encode(x).latent_dist
+    z = posterior.sample()
+    if noise:
+        z = z + noise * z.detach().std() * torch.randn_like(z)
+    y = vae.decode(z).sample
+    kl = 1e-5 * posterior.kl().mean() / x[0].numel()
+    return (y - x).abs().mean() + (y - x).square().mean() + kl
+
+
+@torch.no_grad()
+def _save_with_statistics(vae: AutoencoderKL, images: torch.Tensor, model_folder: Path) -> None:
+    """With the latents' mean and deviation over uint8 pictures in the config."""
+    vae.eval()
+    latents = torch.cat([vae.encode(scaled(b)).latent_dist.mode() for b in images.split(64)])
+    vae.register_to_config(
+        latents_mean=latents.mean((0, 2, 3)).tolist(), latents_std=latents.std((0, 2, 3)).tolist()
+    )
     vae.save_pretrained(model_folder / "vae")
 
 

@@ -106,8 +106,9 @@ def write_prompts(seed: int = 5, train: int = 256, evaluation: int = 96) -> None
 STAGES = {
     "codebook": build_codebook,
     "vae": lambda: decoder_pretraining.train_vae(MODEL),
-    "dit": lambda: dit_pretraining.train_dit(MODEL),
     "vae_decoder": lambda: decoder_pretraining.refine_vae_decoder(MODEL),
+    "vae_styles": lambda: decoder_pretraining.train_vae_styles(MODEL),
+    "dit": lambda: dit_pretraining.train_dit(MODEL),
     "ar": lambda: ar_pretraining.train_ar(MODEL),
     "judges": lambda: judges.train(JUDGES),
     "prompts": write_prompts,
