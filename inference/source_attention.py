@@ -4,6 +4,7 @@ They come from trained layers, so they are made anew by the weights of the momen
 sampling and each scoring, with gradient where the caller wants one, and kept by nobody.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from duet.inference.sources import Source
 
 
 class _Written:
-    """A layer's keys and values [1, S, heads, D] of one source, as `GlmImageAttnProcessor` gives
+    """A layer's keys and values [U, S, heads, D] of U sources, as `GlmImageAttnProcessor` gives
     them.
 
     Gradient checkpointing runs a layer again in backward: what it gives then nobody reads.
@@ -31,7 +32,7 @@ class _Written:
 
 
 class _Layers:
-    """Stands for `GlmImageKVCache`, of a source that is being read."""
+    """Stands for `GlmImageKVCache`, of sources that are being read."""
 
     def __init__(self) -> None:
         self.written: dict[int, _Written] = {}
@@ -82,7 +83,7 @@ class Seen:
 
 
 def see(dit: Module, given: Conditions) -> Seen:
-    """Run each source through the DiT once: at timestep 0, with its own prior tokens and no text
+    """Run the sources through the DiT once: at timestep 0, with its own prior tokens and no text
     (as `GlmImagePipeline`).
     """
     return Seen(given, None if given.sources is None else _attention(dit, given))
@@ -90,52 +91,43 @@ def see(dit: Module, given: Conditions) -> Seen:
 
 def passes(given: Conditions) -> int:
     """How many forwards of the DiT `see` runs."""
-    return sum(map(len, _groups(given).values()))
-
-
-def _groups(given: Conditions) -> dict[int, tuple[Source, ...]]:
-    """The sources, once a group: all of its samples have one tuple."""
-    return {id(sources): sources for sources in given.sources or ()}
+    return len(given.sources[0]) if given.sources else 0
 
 
 def _attention(dit: Module, given: Conditions) -> SourceAttention:
-    groups, idle = _groups(given), torch.zeros((), device=given.prior.device)
-    order = list(groups)
+    groups = {id(sources): sources for sources in given.sources}  # of one group, one tuple
+    order, idle = list(groups), torch.zeros((), device=given.prior.device)
     rows = torch.tensor([order.index(id(s)) for s in given.sources], device=given.prior.device)
-    read: list[list[_Layers]] = []
-    for sources in groups.values():
-        read.append([])
-        for source in sources:
-            layers, output = _read(dit, source, given)
-            read[-1].append(layers)
-            idle = idle + 0 * output.float().sum()
+    # in one batch all groups' first sources have one size, and so have their second ones
+    read: list[_Layers] = []
+    for sources in zip(*groups.values(), strict=True):
+        layers, output = _read(dit, sources, given)
+        read.append(layers)
+        idle = idle + 0 * output.float().sum()
     layers = []
-    for layer in read[0][0].written:
+    for layer in read[0].written:
         keys, values = (
-            torch.cat(
-                [
-                    torch.cat([getattr(source[layer], name) for source in sources], 1)
-                    for sources in read
-                ]
-            )
+            torch.cat([getattr(source[layer], name) for source in read], 1)
             for name in ("keys", "values")
         )
         layers.append(_Layer(keys, values, rows))
     return SourceAttention(layers, idle)
 
 
-def _read(dit: Module, source: Source, given: Conditions) -> tuple[_Layers, Tensor]:
-    device, dtype = given.glyphs.device, given.glyphs.dtype
-    own, size = source.to(device), source.size
-    tokens, layers = own.tokens[None], _Layers()
+def _read(dit: Module, sources: Sequence[Source], given: Conditions) -> tuple[_Layers, Tensor]:
+    """U sources of one size."""
+    device, dtype, count = given.glyphs.device, given.glyphs.dtype, len(sources)
+    own, size, layers = [source.to(device) for source in sources], sources[0].size, _Layers()
+    tokens = torch.stack([source.tokens for source in own])
+    sides = torch.tensor([[size.height, size.width]], dtype=dtype, device=device)
     [output] = dit(
-        hidden_states=own.latents[None].to(dtype),
-        encoder_hidden_states=given.glyphs[:1, :0],
+        hidden_states=torch.stack([source.latents for source in own]).to(dtype),
+        encoder_hidden_states=given.glyphs[:1, :0].expand(count, -1, -1),
         prior_token_id=tokens,
         prior_token_drop=torch.zeros_like(tokens, dtype=torch.bool),
-        timestep=torch.zeros(1, device=device),
-        target_size=torch.tensor([[size.height, size.width]], dtype=dtype, device=device),
-        crop_coords=torch.zeros(1, 2, dtype=dtype, device=device),
+        timestep=torch.zeros(count, device=device),
+        target_size=sides.expand(count, -1),
+        crop_coords=torch.zeros_like(sides).expand(count, -1),
         kv_caches=layers,
         return_dict=False,
     )

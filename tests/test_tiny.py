@@ -21,7 +21,7 @@ from duet.configs.quotes import quoted_spans
 from duet.configs.rows import load_rows
 from duet.rewards.base import RewardInput
 from duet.rewards.ocr import Ocr
-from duet.train.tiny import decoder_pretraining, pretrain, world
+from duet.train.tiny import ar_pretraining, dit_pretraining, pretrain, world
 from duet.train.tiny.parts import size_mib
 from duet.train.tiny.world import Card, Shape, colour_obedience, draw, sample_card, training_caption
 from tests.conftest import MODEL, ROOT
@@ -67,7 +67,7 @@ def test_held_out_words_and_pairs_never_occur_in_a_training_prompt():
         training_caption(sample_card(rng, any_pair=True), rng, noise=0.35) for _ in range(5000)
     ]
     words = {quoted_spans(c)[0] for c in captions}
-    words |= {decoder_pretraining.misspelt(w, rng) for w in sorted(words)}
+    words |= {dit_pretraining.misspelt(w, rng) for w in sorted(words)}
     pairs = set().union(*(named_pairs(c) for c in captions))
     assert not any(world.is_held_out_word(w) for w in words)
     assert len(pairs) > 15 and not any(world.is_held_out_pair(*p) for p in pairs)
@@ -104,8 +104,8 @@ def test_rows_round_trip():
 def test_the_first_and_the_last_stage_of_the_model_run_on_fresh_parts(tmp_path, monkeypatch):
     """What a rebuild meets, and no shipped file: parts that nothing has been saved of."""
     monkeypatch.setattr(pretrain, "MODEL", tmp_path)
-    pretrain.build_codebook(cards=80, iterations=1)
-    pretrain.train_ar(cards=4, steps=2, batch=2)
+    pretrain.build_codebook(cards=80, styled=40, iterations=1)
+    ar_pretraining.train_ar(tmp_path, cards=4, edits=8, steps=2, batch=2, edit_batch=4)
     rebuilt = GlmImagePipeline.from_pretrained(tmp_path)
     config = rebuilt.vision_language_encoder.generation_config
     assert (config.do_sample, config.temperature, config.top_p) == (True, 1.0, 0.9)

@@ -1,7 +1,7 @@
 """The parts of the tiny GLM-Image with fresh weights: the real classes, small numbers.
 
-Token ids of the AR: 0..255 codebook, 256 image start (also `bos`), 257 image
-end, text from 264 on (codebook and text ids share one embedding table).
+Token ids of the AR: 0..383 codebook, 384 image start (also `bos`), 385 image
+end, text from 392 on (codebook and text ids share one embedding table).
 """
 
 import json
@@ -27,10 +27,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from duet.train.tiny.edits import KINDS, sample_edit
 from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS, sample_card
 
-CODEBOOK_SIZE = 256
-IMAGE_START, IMAGE_END, VISION_VOCABULARY = 256, 257, 264
+CODEBOOK_SIZE = 384
+IMAGE_START, IMAGE_END, VISION_VOCABULARY = 384, 385, 392
 _SPECIAL = {
     "pad_token": "<|pad|>",
     "image_token": "<|image|>",
@@ -74,17 +75,18 @@ def build_pipeline() -> GlmImagePipeline:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on captions, its ids moved behind the vision vocabulary."""
+    """A byte-level BPE trained on captions and edits, its ids behind the vision vocabulary."""
     rng = random.Random(0)
     captions = [sample_card(rng).prompt for _ in range(4000)]
+    captions += [sample_edit(kind, rng).prompt for kind in KINDS for _ in range(1000)]
     # letters of the drawn word must stay single tokens: train without the quoted span
-    captions = [c[: c.index('"')] for c in captions]
+    captions = [c.split('"')[0] for c in captions]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.train_from_iterator(
         captions,
         trainers.BpeTrainer(
-            vocab_size=352,
+            vocab_size=416,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),

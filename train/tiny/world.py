@@ -15,13 +15,12 @@ unsaid: what is held out is the combination of words, not a paint.
 import hashlib
 import random
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-HEIGHT_PIXELS, WIDTH_PIXELS = 64, 96
-BLOCK_PIXELS, SLOT_PIXELS, FONT_PIXELS = 32, 16, 22
+from duet.train.tiny.drawing import BLOCK_PIXELS, HEIGHT_PIXELS, WIDTH_PIXELS, Canvas
+
 ALPHABET = "ACEHLNOPTX"  # narrow capitals that OCR does not mistake for each other
 WORD_LENGTHS = (3, 4, 5)
 PALETTE = {
@@ -35,7 +34,6 @@ PALETTE = {
 TEXT_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 PLACES = {"on the left": 0, "in the middle": 1, "on the right": 2}
 SHAPES = ("circle", "square", "triangle")
-_INK = {**PALETTE, **TEXT_COLOURS}
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,11 @@ class Card:
         parts = []
         for shape in self.shapes:
             named = f"{shape.colour} {shape.kind}" if shapes else shape.kind
-            parts.append(f"{_article(named)} {named} {shape.place}")
+            parts.append(f"{article(named)} {named} {shape.place}")
         parts.append(f'the {self.text_colour} word "{self.word}"')
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
         card = f"{self.background} card" if background else "card"
-        return f"{_article(card)} {card} with {listed}"
+        return f"{article(card)} {card} with {listed}"
 
     @property
     def has_held_out_pair(self) -> bool:
@@ -83,20 +81,21 @@ class Card:
         return asdict(self)
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _held_out(key: str) -> bool:
+def held_out(key: str) -> bool:
+    """A fifth of all keys are."""
     return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
 
 
 def is_held_out_word(word: str) -> bool:
-    return _held_out(word)
+    return held_out(word)
 
 
 def is_held_out_pair(background: str, colour: str) -> bool:
-    return _held_out(f"{background}/{colour}")
+    return held_out(f"{background}/{colour}")
 
 
 def sample_card(rng: random.Random, held_out: bool = False, any_pair: bool = False) -> Card:
@@ -140,42 +139,13 @@ def training_caption(card: Card, rng: random.Random, noise: float = 0.0) -> str:
     return said.caption()
 
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
 def draw(card: Card, scale: float = 1.0) -> Image.Image:
     """Render the card in RGB, `scale` times 64 x 96 pixels, anti-aliased."""
-    supersample = 4 if scale <= 1 else 1
-    unit = scale * supersample
-    size = round(WIDTH_PIXELS * unit), round(HEIGHT_PIXELS * unit)
-    image = Image.new("RGB", size, PALETTE[card.background])
-    pen = ImageDraw.Draw(image)
+    canvas = Canvas(PALETTE[card.background], scale)
     for shape in card.shapes:
-        _draw_shape(pen, shape, unit)
-    font = _font(round(FONT_PIXELS * unit))
-    for i, letter in enumerate(card.word):
-        centre = ((i + 0.5) * SLOT_PIXELS * unit, 1.5 * BLOCK_PIXELS * unit)
-        stroke = round(0.5 * unit)
-        pen.text(
-            centre, letter, font=font, fill=_INK[card.text_colour], anchor="mm", stroke_width=stroke
-        )
-    return image.resize((round(WIDTH_PIXELS * scale), round(HEIGHT_PIXELS * scale)), Image.LANCZOS)
-
-
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, unit: float) -> None:
-    centre_x = (PLACES[shape.place] + 0.5) * BLOCK_PIXELS
-    left, top, right, bottom = (
-        v * unit for v in (centre_x - 11, 5, centre_x + 11, BLOCK_PIXELS - 5)
-    )
-    fill = PALETTE[shape.colour]
-    if shape.kind == "circle":
-        pen.ellipse((left, top, right, bottom), fill=fill)
-    elif shape.kind == "square":
-        pen.rectangle((left, top, right, bottom), fill=fill)
-    else:
-        pen.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=fill)
+        canvas.shape(shape.kind, PLACES[shape.place], PALETTE[shape.colour])
+    canvas.word(card.word, TEXT_COLOURS[card.text_colour])
+    return canvas.picture()
 
 
 def colour_obedience(image: Image.Image, card: Card) -> float:
