@@ -42,7 +42,8 @@ def first_line(error: Exception) -> str:
 
 def tell(text: str) -> None:
     """A line to the user, never into a progress bar; it ends nothing."""
-    tqdm.write(f"duet: {text}", file=sys.stderr)
+    # its end in the same write: several processes may have one stderr
+    tqdm.write(f"duet: {text}\n", file=sys.stderr, end="")
     sys.stderr.flush()
 
 
