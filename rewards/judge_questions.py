@@ -106,7 +106,7 @@ def pictures_of(item: RewardInput, kind: str) -> list[Image.Image]:
     if kind == "image":
         return [item.image]
     if kind == "sources":
-        longest = max(item.size or item.image.size)
+        longest = max(item.canvas)
         return [_at_most(source, longest) for source in item.sources]
     wanted = item.picture(ROW_KEYS[kind])
     return [] if wanted is None else [wanted]

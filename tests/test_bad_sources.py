@@ -185,7 +185,7 @@ def refusal(pictures, tmp_path, monkeypatch, capsys, outline):
     output = tmp_path / "out"
     output.mkdir()
     (output / "000-seed0.png").write_bytes(b"of yesterday")
-    (output / "metrics.jsonl").write_text("{}\n")
+    (output / "notes.txt").write_text("mine")
     for module in ("duet.inference.outline", "duet.train.setup"):  # read once for all
         monkeypatch.setattr(f"{module}.read_outline", lambda path: outline)
 

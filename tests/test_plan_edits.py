@@ -8,27 +8,27 @@ from PIL import Image
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
-from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig
+from duet.configs.policy_schema import Arithmetic, LoraConfig, SamplingConfig, SdeConfig
 from duet.configs.row import Row
 from duet.inference.layout import Size
 from duet.inference.shapes import Scale
 from duet.launch import cost, plan
-from duet.train.fitting import Deployment, require_fit
 from duet.train.kinds import Datasets, Kinds
-from duet.train.made_up import Batch
+from duet.train.made_up import Batch, Scoring
 from duet.train.memory import Step, phases, step_of
-from duet.train.workload import SOURCES, Subject, latents
+from duet.train.workload import SOURCES, Subject, latents, update
 from tests.conftest import MODEL, ROOT
 
 EDIT = Size(64, 96), Size(64, 64)
 DIT_TOKENS = 4 * (2 * 3 + 2 * 2)
 SETTINGS = (
-    "rollout.prompts_per_step=4",
+    "rollout.prompts_per_step=2",
     "rollout.num_generations=4",
     "rollout.batch_size=8",
     "optim.per_device_train_batch_size=8",
     "optim.gradient_accumulation_steps=1",
     "optim.steps_per_backward=0",
+    "sampling.guidance_scale=1",
 )
 
 
@@ -43,7 +43,7 @@ class Planned:
 
 
 def config_of(stage: str):
-    return load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", [*SETTINGS, "grpo.beta=0.1"])
+    return load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", SETTINGS)
 
 
 def planned(stage: str, kinds: Kinds) -> Planned:
@@ -58,31 +58,19 @@ def of_config(component: str) -> dict:
 
 
 def test_the_decoder_holds_keys_and_values_of_each_groups_sources():
-    text, edits = planned("decoder", Kinds()), planned("decoder", Kinds(False, EDIT))
+    """And what their passes keep for backward."""
+    subject = Subject(MODEL, Arithmetic(), "decoder", LoraConfig(), False)
+    sampling = SamplingConfig(height=64, width=96, guidance_scale=1.0)
     dit = of_config("transformer")
     a_token = dit["num_layers"] * 2 * dit["num_attention_heads"] * dit["attention_head_dim"] * 4
-    by_hand = (
-        2 * DIT_TOKENS * a_token
-    )  # 8 samples, of the sampler's batch and of an update's: two groups
-    assert edits.held["latents"][SOURCES] == edits.held["update"][SOURCES] == by_hand
-    assert not any(SOURCES in held for held in text.held.values())
-    more = {name: edits.total(name) - text.total(name) for name in text.held}
-    for name in ("latents", "old log-probs", "reference", "update"):
-        assert more[name] >= by_hand, name
-    assert more["update"] > 3 * more["latents"], "backward goes through the sources' passes"
-    for name in ("latents", "update", "reference"):
-        assert edits.flops[name] > text.flops[name]
-    assert edits.step.sources == 4 * 2 and edits.held["sources"]["VAE encode"] > 0
-    assert "sources" not in text.held | text.flops
-    page = plan.page(
-        config_of("decoder"), [], 1, cost.CARDS["h100"], 80, "ddp", Datasets(Kinds(False, EDIT))
+    by_hand = 2 * DIT_TOKENS * a_token
+    text, edit = (
+        update(subject, Scoring(sampling, SdeConfig(), 2, 1, 2, kinds))
+        for kinds in (Kinds(), Kinds(False, EDIT))
     )
-    assert sum(line.startswith(SOURCES) for line in page) == 1
-    most = max(map(text.total, text.held))
-    require_fit(config_of("decoder"), Deployment(MODEL, 1, most))
-    with pytest.raises(UserError, match="the phase 'update' needs"):
-        there = Deployment(MODEL, 1, most, datasets=Datasets(Kinds(False, EDIT)))
-        require_fit(config_of("decoder"), there)
+    assert text.held[SOURCES] == 0 and edit.held[SOURCES] == by_hand
+    assert edit.held["activations"] > 1.5 * text.held["activations"]
+    assert latents(subject, Batch(sampling, 2, 2, Kinds(False, EDIT))).kept[SOURCES] == by_hand
 
 
 def test_the_ar_reads_sources_and_writes_no_preview():
@@ -97,7 +85,7 @@ def test_the_ar_reads_sources_and_writes_no_preview():
     caches = [each.held["AR tokens"]["KV cache"] for each in (text, edits, mixed)]
     assert caches[1] - caches[0] == 8 * a_token * (read - preview)
     assert caches[2] == caches[1]
-    for name in ("AR tokens", "old log-probs", "reference", "update"):
+    for name in ("AR tokens", "old log-probs", "update"):
         assert edits.total(name) - text.total(name) > 0, name
         assert mixed.total(name) >= edits.total(name), name
     logits = [each.held["update"]["logits"] for each in (text, edits, mixed)]
