@@ -148,7 +148,7 @@ def test_every_objective_learns_in_the_loop(small_run, stage, overrides, tmp_pat
     train(small_run(stage, *updates, *overrides))
     for step in metrics(tmp_path / "run"):
         assert step["grad_norm"] > 0
-        assert step["ratio/min"] < 1 < step["ratio/max"]
+        assert step["ratio/max"] - step["ratio/min"] > 1e-6
     if "grpo.importance_sampling_level=sequence" in overrides:
         assert metrics(tmp_path / "run")[0]["ratio/max"] < 1.05, "a mean over actions is tame"
     before, after = (
