@@ -83,17 +83,6 @@ def _bounded(picture: Image.Image) -> Image.Image:
     sides = (max(1, int(side * factor)) for side in picture.size)
     return picture.resize(tuple(sides), Image.Resampling.LANCZOS)
 
-    def sources(self) -> list[Image.Image]:
-        """The row's sources in order, whole and of any shape; none where it has none.
-
-        Their longer side is this image's at most, and they are brought to its view.
-        """
-        longest = max(self.size or self.image.size)
-        pictures = [read_picture(stored) for stored in sources_of(self.row)]
-        for picture in pictures:
-            picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-        return [self.look(picture) for picture in pictures]
-
 
 class Reward(Protocol):
     """Scores a batch, as TRL's do. None: the reward does not apply to this sample (no text asked
