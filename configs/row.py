@@ -18,9 +18,8 @@ from duet.configs.row_edits import (
     STYLE,
     check_edit,
     is_stored,
-    kept_of,
+    picture_of,
     sources_of,
-    stored_picture,
 )
 from duet.configs.setting import shown
 
@@ -60,10 +59,7 @@ class Row(Mapping[str, Any]):
 
     def picture(self, key: str) -> Image.Image | None:
         """As a viewer shows it, of `keep` the mask in black and white; None where there is none."""
-        if key == KEEP:
-            return kept_of(self.columns)
-        stored = stored_picture(self.columns, key)
-        return None if stored is None else read_picture(stored)
+        return picture_of(self.columns, key)
 
 
 def make_row(record: Mapping[str, Any], where: str, folder: Path, renamed: Mapping) -> Row:

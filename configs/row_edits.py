@@ -41,22 +41,22 @@ def sources_of(row: _Columns) -> tuple[Stored, ...]:
     return () if row.get(SOURCE) is None else (row[SOURCE],)
 
 
-def stored_picture(row: _Columns, key: str) -> Stored | None:
-    """Of a key that names one picture; `source` is the first of the sources."""
+def picture_of(row: _Columns, key: str) -> Image.Image | None:
+    """As a viewer shows it; `source` is the first of the sources, `keep` a mask of its size in mode
+    L, white what must stay of it. None where the row has none.
+    """
     value = row.get(key)
     if key == SOURCE and value is None:
-        return next(iter(sources_of(row)), None)
-    return sources_of(row)[value] if key == STYLE and _is_place(value) else value
-
-
-def kept_of(row: _Columns) -> Image.Image | None:
-    """Mode L, of the first source's size: white what must stay of it. None: nothing is said."""
-    keep = row.get(KEEP)
-    if keep is None:
+        value = next(iter(sources_of(row)), None)
+    elif key == STYLE and _is_place(value):
+        value = sources_of(row)[value]
+    if value is None:
         return None
-    if is_stored(keep):
-        return black_and_white(read_picture(keep))
-    return mask_of_boxes([Box(*box) for box in keep], shown_size(sources_of(row)[0]))
+    if key != KEEP:
+        return read_picture(value)
+    if is_stored(value):
+        return black_and_white(read_picture(value))
+    return mask_of_boxes([Box(*box) for box in value], shown_size(sources_of(row)[0]))
 
 
 def subjects_of(row: _Columns, sizes: Sequence[_Size]) -> list[Box | None]:

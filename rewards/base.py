@@ -16,7 +16,7 @@ from PIL import Image
 from duet.configs.errors import UserError
 from duet.configs.pictures import fit, read_picture, shown_size
 from duet.configs.regions import WHITE, Box, black_and_white
-from duet.configs.row_edits import KEEP, kept_of, sources_of, stored_picture, subjects_of
+from duet.configs.row_edits import KEEP, picture_of, sources_of, subjects_of
 from duet.rewards.answers import Answer, BadAnswer, read_answers, require_apart
 
 _MOST_SOURCE_PIXELS = 2**21  # more than any tower sees; a remote reward is sent them all
@@ -43,12 +43,11 @@ class RewardInput:
 
         Of another shape its centre is taken. None where the row has none.
         """
-        size = self.size or self.image.size
-        if key == KEEP:
-            mask = kept_of(self.row)
-            return mask and _all_white(self.look(black_and_white(fit(mask, *size))))
-        stored = stored_picture(self.row, key)
-        return None if stored is None else self.look(fit(read_picture(stored), *size))
+        picture = picture_of(self.row, key)
+        if picture is None:
+            return None
+        fitted = fit(picture, *(self.size or self.image.size))
+        return _all_white(self.look(black_and_white(fitted))) if key == KEEP else self.look(fitted)
 
     @property
     def canvas(self) -> tuple[int, int]:
