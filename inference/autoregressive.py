@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from duet.configs.policy_schema import SamplingConfig
-from duet.inference.prompt import left_padded, not_padding
+from duet.inference.prompt import left_padded, not_padding, positions_of
 from duet.inference.rollout import TokenTrajectory
 
 
@@ -113,7 +113,8 @@ def score_tokens(
     written = [s.tokens[0] for s in samples]
     tokens, taken = left_padded(written, 0).to(device), not_padding(written, device)
     ids = [torch.cat([s.prompt.ids, s.tokens[0]])[:-1] for s in samples]
-    positions = left_padded([s.prompt.all_positions[:, :-1] for s in samples], 0)
+    whole = positions_of([s.prompt for s in samples])
+    positions = left_padded([each[:, :-1] for each in whole], 0)
     logits = model(
         input_ids=left_padded(ids, 0).to(device),
         attention_mask=not_padding(ids, device),

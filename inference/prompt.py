@@ -31,7 +31,13 @@ class Prompt:
     @property
     def all_positions(self) -> Tensor:
         """Of the prompt and of what will be written, int64 [3, P + T]."""
-        return torch.cat([self.positions, grid_positions(self.grids) + self.start], -1)
+        return positions_of([self])[0]
+
+
+def positions_of(prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Of each prompt and of what it will write; grids that several write are laid out once."""
+    written = {grids: grid_positions(grids) for grids in {p.grids for p in prompts}}
+    return [torch.cat([p.positions, written[p.grids] + p.start], -1) for p in prompts]
 
 
 def text_prompt(processor: ProcessorMixin, request: Request) -> Prompt:
@@ -102,12 +108,11 @@ class PromptBatch:
     def of(cls, prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> "PromptBatch":
         grids = prompts[0].grids
         assert all(p.grids == grids for p in prompts)
-        ids, written = [p.ids for p in prompts], grid_positions(grids)
-        positions = [torch.cat([p.positions, written + p.start], -1) for p in prompts]
+        ids = [p.ids for p in prompts]
         return cls(
             left_padded(ids, pad_id).to(device),
             not_padding(ids, device),
-            left_padded(positions, 0).transpose(0, 1).to(device),
+            left_padded(positions_of(prompts), 0).transpose(0, 1).to(device),
         )
 
 

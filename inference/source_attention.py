@@ -83,8 +83,8 @@ class Seen:
 
 
 def see(dit: Module, given: Conditions) -> Seen:
-    """Run the sources through the DiT once: at timestep 0, with its own prior tokens and no text
-    (as `GlmImagePipeline`).
+    """Run the sources through the DiT once: at timestep 0, each with its own prior tokens, and no
+    text (as `GlmImagePipeline`).
     """
     return Seen(given, None if given.sources is None else _attention(dit, given))
 
