@@ -13,7 +13,7 @@ from tqdm import trange
 
 from duet.configs.quotes import quoted_spans
 from duet.inference.layout import Size, upsample_prior
-from duet.inference.pictures import latent_statistics
+from duet.inference.pictures import encode_pixels
 from duet.inference.sources import Source
 from duet.train.tiny.codes import image_codes
 from duet.train.tiny.decoder_pretraining import pixels_of, scaled
@@ -90,11 +90,9 @@ def _pool(pipeline: GlmImagePipeline, group: Sequence[_Example]) -> Pool:
     return Pool([e.word for e in group], latents, prior, sources)
 
 
-@torch.no_grad()
 def _latents(pipeline: GlmImagePipeline, pictures: Sequence[Image.Image]) -> Tensor:
-    mean, std = latent_statistics(pipeline.vae)
     parts = []
     for start in range(0, len(pictures), _CHUNK):
         images = torch.stack([pixels_of(p) for p in pictures[start : start + _CHUNK]])
-        parts += [pipeline.vae.encode(scaled(b)).latent_dist.mode() for b in images.split(64)]
-    return (torch.cat(parts) - mean) / std
+        parts += [encode_pixels(pipeline.vae, scaled(b)) for b in images.split(64)]
+    return torch.cat(parts)
