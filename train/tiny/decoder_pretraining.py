@@ -1,13 +1,14 @@
 """Pretraining of the tiny VAE and glyph encoder."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
@@ -17,14 +18,15 @@ from duet.train.tiny.scenes import draw_scene
 from duet.train.tiny.world import ALPHABET, WORD_LENGTHS, draw, is_held_out_word, sample_card
 
 _SAVE_STEPS = 250
+_BATCH = 8
 
 
-def pixels_of(image: Image.Image) -> torch.Tensor:
+def pixels_of(image: Image.Image) -> Tensor:
     """uint8 [3, H, W]."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
-def scaled(batch: torch.Tensor) -> torch.Tensor:
+def scaled(batch: Tensor) -> Tensor:
     """uint8 -> [-1, 1]."""
     return batch.float() / 127.5 - 1
 
@@ -35,19 +37,11 @@ def train_vae(model_folder: Path, seed: int = 2, cards: int = 3000, steps: int =
     rng = random.Random(seed)
     images = torch.stack([pixels_of(draw(sample_card(rng))) for _ in range(cards)])
     vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    progress = trange(steps, desc="VAE")
-    for step in progress:
-        x = scaled(images[torch.randint(cards, (8,))])
-        loss = _vae_loss(vae, x)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+
+    def loss() -> Tensor:
+        return _vae_loss(vae, scaled(images[torch.randint(cards, (_BATCH,))]))
+
+    _descend("VAE", vae, loss, steps, 2e-3)
     _save_with_statistics(vae, images[:512], model_folder)
 
 
@@ -66,21 +60,13 @@ def refine_vae_decoder(
     with torch.no_grad():
         latents = torch.cat([vae.encode(scaled(b)).latent_dist.mode() for b in images.split(64)])
     spread = latents.std((0, 2, 3), keepdim=True)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
-    progress = trange(steps, desc="VAE decoder")
-    for step in progress:
-        pick = torch.randint(cards, (8,))
+
+    def loss() -> Tensor:
+        pick = torch.randint(cards, (_BATCH,))
         z = latents[pick] + 0.05 * spread * torch.randn_like(latents[pick])
-        y, x = vae.decode(z).sample, scaled(images[pick])
-        loss = (y - x).abs().mean() + (y - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+        return _difference(vae.decode(z).sample, scaled(images[pick]))
+
+    _descend("VAE decoder", vae.decoder, loss, steps, 1e-3)
     vae.save_pretrained(model_folder / "vae")
 
 
@@ -98,24 +84,42 @@ def train_vae_styles(
     drawn += [draw_scene(sample_styled(rng)) for _ in range(styled)]
     images = torch.stack([pixels_of(picture) for picture in drawn])
     images = images[torch.randperm(len(images))]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.05)
-    progress = trange(steps, desc="VAE styles")
+
+    def loss() -> Tensor:
+        return _vae_loss(vae, scaled(images[torch.randint(len(images), (_BATCH,))]), 0.05)
+
+    def save(step: int) -> None:
+        if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
+            _save_with_statistics(vae, images[:768], model_folder)
+
+    _descend("VAE styles", vae, loss, steps, 1.5e-3, save)
+
+
+def _descend(
+    name: str,
+    trained: nn.Module,
+    loss_of: Callable[[], Tensor],
+    steps: int,
+    rate: float,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """`loss_of` draws a batch; `after`: called with each step that is made."""
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+    progress = trange(steps, desc=name)
     for step in progress:
-        x = scaled(images[torch.randint(len(images), (8,))])
-        loss = _vae_loss(vae, x, 0.05)
+        loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
-            _save_with_statistics(vae, images[:768], model_folder)
+        after(step)
 
 
-def _vae_loss(vae: AutoencoderKL, x: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
+def _vae_loss(vae: AutoencoderKL, x: Tensor, noise: float = 0.0) -> Tensor:
     """`noise`: of the latents, as a share of their deviation, so that the decoder bears it."""
     posterior = vae.encode(x).latent_dist
     z = posterior.sample()
@@ -123,11 +127,15 @@ def _vae_loss(vae: AutoencoderKL, x: torch.Tensor, noise: float = 0.0) -> torch.
         z = z + noise * z.detach().std() * torch.randn_like(z)
     y = vae.decode(z).sample
     kl = 1e-5 * posterior.kl().mean() / x[0].numel()
-    return (y - x).abs().mean() + (y - x).square().mean() + kl
+    return _difference(y, x) + kl
+
+
+def _difference(y: Tensor, x: Tensor) -> Tensor:
+    return (y - x).abs().mean() + (y - x).square().mean()
 
 
 @torch.no_grad()
-def _save_with_statistics(vae: AutoencoderKL, images: torch.Tensor, model_folder: Path) -> None:
+def _save_with_statistics(vae: AutoencoderKL, images: Tensor, model_folder: Path) -> None:
     """With the latents' mean and deviation over uint8 pictures in the config."""
     vae.eval()
     latents = torch.cat([vae.encode(scaled(b)).latent_dist.mode() for b in images.split(64)])
