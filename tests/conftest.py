@@ -21,6 +21,7 @@ from duet.inference.engine import Engine
 from duet.inference.layout import Size
 from duet.inference.model import load_pipeline
 from duet.train import loop
+from tests.judge_endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "configs" / "tiny" / "model"
@@ -80,6 +81,14 @@ def engine(pipeline):
 @pytest.fixture(scope="session")
 def rows():
     return load_rows(ROOT / "configs" / "tiny" / "prompts" / "eval.jsonl")
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """What a judge asks; it is asked again without a pause."""
+    monkeypatch.setattr("duet.rewards.judge.PAUSE_SECONDS", 0)
+    with Endpoint() as served:
+        yield served
 
 
 @pytest.fixture

@@ -13,17 +13,10 @@ from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.judge_questions import SHIPPED
 from duet.rewards.registry import load_reward
-from tests.judge_endpoint import Endpoint, completion, shown
+from tests.judge_endpoint import completion, shown
 
 RESULT = Image.new("RGB", (96, 64), (200, 0, 0))
 EDIT = "make the {background} blue"
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setattr("duet.rewards.judge.PAUSE_SECONDS", 0)
-    with Endpoint() as served:
-        yield served
 
 
 @pytest.fixture

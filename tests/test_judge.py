@@ -14,17 +14,10 @@ from duet.configs.schema import RewardConfig
 from duet.rewards.base import RewardInput
 from duet.rewards.registry import load_reward, load_rewards
 from tests.bad_server import HEAD, bad_server, drip, endless, nobody
-from tests.judge_endpoint import Endpoint, completion, shown
+from tests.judge_endpoint import completion, shown
 
 PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
 QUESTION = "Does the picture show {prompt} with {row[text]}?"
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setattr("duet.rewards.judge.PAUSE_SECONDS", 0)
-    with Endpoint() as served:
-        yield served
 
 
 def judge(endpoint, **args):
