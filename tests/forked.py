@@ -16,8 +16,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from tests.conftest import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 _processes = multiprocessing.get_context("forkserver")
 # what commands import; none of their own modules, which run anew
 _processes.set_forkserver_preload(

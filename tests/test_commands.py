@@ -94,7 +94,7 @@ def test_evaluate_writes_a_report_that_needs_no_network(tmp_path, capfd):
         f"data.eval={data}", "sampling.num_inference_steps=6", f"output_dir={tmp_path / 'run'}",
         "rollout.prompts_per_step=1", "rollout.num_generations=2", "train.trackers=[]",
         "optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=1",
-        "train.max_steps=1",
+        "train.max_steps=1", "eval.images_per_prompt=1",
     ]  # fmt: skip
     trained = forked.run("duet.launch.cli", "train", TINY, *small)
     assert trained.returncode == 0, trained.stderr
