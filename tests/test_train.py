@@ -329,7 +329,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(small_run, tmp_path, monkeypa
 
 
 def test_a_resumed_run_keeps_what_its_state_was_made_for(small_run, finished):
-    saved = finished / "checkpoint-2"
+    saved, on = finished / "checkpoint-2", ["train.resume=latest", "train.max_steps=3"]
     for override, message in (
         ("optim.learning_rate=0.5", "optim.learning_rate = 0.5, but checkpoint .* with 0.001"),
         ("lora.rank=2", "lora.rank = 2, but"),
@@ -340,12 +340,12 @@ def test_a_resumed_run_keeps_what_its_state_was_made_for(small_run, finished):
         ("train.mixed_precision=bf16", "train.mixed_precision = 'bf16', but checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
-            train(small_run("decoder", "train.resume=latest", override))
+            train(small_run("decoder", *on, override))
     position = json.loads((saved / "trainer_state.json").read_text())
     (saved / "trainer_state.json").write_text(json.dumps(position | {"num_processes": 2}))
     write_digests(saved)
     with pytest.raises(UserError, match="decoder has 8 samples over 1 processes and had 16"):
-        train(small_run("decoder", "train.resume=latest"))
+        train(small_run("decoder", *on))
 
 
 def test_metrics_of_an_unsaved_run_are_not_erased(small_run, tmp_path):
