@@ -40,8 +40,8 @@ SIZE = Size(64, 96)
 # files that take long, the longest first, most of it in processes of their own: begun last, one
 # of two workers would wait for the other
 _LONG = (
-    "test_engines", "test_processes", "test_plan", "test_commands", "test_selection",
-    "test_real_size", "test_shared_work", "test_precision", "test_train", "test_memory",
+    "test_plan", "test_engines", "test_train", "test_precision", "test_processes",
+    "test_shared_work", "test_commands", "test_real_size", "test_selection", "test_memory",
     "test_tuning", "test_turns", "test_priors", "test_damage", "test_endings", "test_spread",
 )  # fmt: skip
 
