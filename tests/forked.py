@@ -4,6 +4,7 @@ each is a fork of a server that loads them once for all tests of a worker.
 That a command starts from nothing, and under torchrun, a few tests show beside these.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -93,6 +94,7 @@ def _begin(
     rank: int,
 ) -> None:
     """The fork's own."""
+    gc.freeze()  # no collection walks what the server has loaded, nor copies its pages
     os.environ.clear()
     os.environ.update(variables)
     if "WORLD_SIZE" in variables:
