@@ -38,6 +38,6 @@ def record_start(config: RunConfig, step: int) -> None:
 
 @cache
 def _packages() -> dict[str, str]:
-    """Versions by name. Half a second: each package's description is parsed."""
+    """Versions by name, of the packages that this process could load when it began."""
     read = (found.metadata for found in distributions())
     return {told["Name"]: told["Version"] for told in read}
