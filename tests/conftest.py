@@ -1,11 +1,13 @@
 """Shared parts: the shipped tiny model, loaded once, and small run configs."""
 
+import gc
 import os
 
 # tiny matrices gain nothing from threads, which spin where two workers share two cores;
 # set, not defaulted: workers inherit what the process that starts them has set
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,11 @@ from tests.judge_endpoint import Endpoint
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "configs" / "tiny" / "model"
 CLIP = f"local-dir:{ROOT}/configs/tiny/judges/clip"
+# of the decoder's small runs: the shipped ones read with OCR, a third of such a run
+LIGHT = (
+    f"rewards=[{{name: fidelity, args: {{model: '{CLIP}', pretrained: null}}}},"
+    " {name: duet.train.tiny.hackable.Sharpness, weight: 0.5}]"
+)
 SAMPLING = SamplingConfig(height=64, width=96, num_inference_steps=6)
 SIZE = Size(64, 96)
 
@@ -33,8 +40,8 @@ SIZE = Size(64, 96)
 # files that take long, the longest first, most of it in processes of their own: begun last, one
 # of two workers would wait for the other
 _LONG = (
-    "test_engines", "test_processes", "test_plan", "test_commands", "test_selection",
-    "test_real_size", "test_shared_work", "test_precision", "test_train", "test_memory",
+    "test_plan", "test_engines", "test_train", "test_precision", "test_processes",
+    "test_shared_work", "test_commands", "test_real_size", "test_selection", "test_memory",
     "test_tuning", "test_turns", "test_priors", "test_damage", "test_endings", "test_spread",
 )  # fmt: skip
 
@@ -47,6 +54,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     place = {name: index for index, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the libraries stay: no collection walks them again
 
 
 def train(config: RunConfig) -> Path:
@@ -91,23 +102,25 @@ def endpoint(monkeypatch):
         yield served
 
 
+def small_config(output: Path, stage: str, *overrides: str) -> RunConfig:
+    """A shipped config, made a run of seconds."""
+    small = [
+        f"output_dir={output}",
+        "rollout.prompts_per_step=2",
+        "rollout.num_generations=4",
+        "optim.per_device_train_batch_size=4",
+        "optim.gradient_accumulation_steps=2",
+        "grpo.num_iterations=1",
+        "sampling.num_inference_steps=6",
+        "train.trackers=[]",
+        "train.save_steps=1",
+        "train.max_steps=2",
+        *([LIGHT] if stage == "decoder" else []),
+    ]
+    return load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", [*small, *overrides])
+
+
 @pytest.fixture
 def small_run(tmp_path):
-    """Overrides that make a shipped config a run of seconds; a function of more overrides."""
-
-    def make(stage: str, *overrides: str):
-        small = [
-            f"output_dir={tmp_path / 'run'}",
-            "rollout.prompts_per_step=2",
-            "rollout.num_generations=4",
-            "optim.per_device_train_batch_size=4",
-            "optim.gradient_accumulation_steps=2",
-            "grpo.num_iterations=1",
-            "sampling.num_inference_steps=6",
-            "train.trackers=[]",
-            "train.save_steps=1",
-            "train.max_steps=2",
-        ]
-        return load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", [*small, *overrides])
-
-    return make
+    """`small_config` of this test's own folder."""
+    return partial(small_config, tmp_path / "run")

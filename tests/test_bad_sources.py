@@ -7,8 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from duet.inference.outline import read_outline
 from duet.inference.prompt_check import check_prompts
 from duet.inference.request import Request
 from duet.train.__main__ import main as train_main
+from tests import forked
 from tests.conftest import MODEL, ROOT, SIZE
 from tests.pictures import CLEAN
 
@@ -251,12 +250,9 @@ def test_a_bad_image_draws_nothing(pictures, refusal, name, monkeypatch):
 
 
 def test_a_command_of_its_own_says_so(pictures, tmp_path):
-    command = [sys.executable, "-m", "duet.inference.generate", "--model", str(MODEL)]
-    more = ["--output", str(tmp_path / "out"), "--image", "text.png", "--prompt", "x"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *more], cwd=pictures, env=environment, capture_output=True, text=True
-    )
+    arguments = ["--model", str(MODEL), "--image", "text.png", "--prompt", "x"]
+    output = ["--output", str(tmp_path / "out")]
+    done = forked.run("duet.inference.generate", *arguments, *output, folder=pictures)
     assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out").exists()
     assert re.fullmatch(r"duet: error: .*text.png.* cannot be read: .*\n", done.stderr)
 

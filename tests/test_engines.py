@@ -3,8 +3,11 @@
 import pytest
 from accelerate.state import AcceleratorState
 
+from duet.train.tiny import engine_updates
 from duet.train.tiny.engine_updates import go_on, write_rows
-from duet.train.tiny.engines import MOMENTS_ALLOWED, compare, distance, launch, moments
+from duet.train.tiny.engines import ENGINES, MOMENTS_ALLOWED, compare, distance, moments
+from tests import forked
+from tests.conftest import ROOT
 
 # of each engine, and what each of two processes holds of the trained weights and of the
 # optimizer's moments; the rest of the table is the script's
@@ -14,11 +17,23 @@ CASES = {
     "fsdp2": (["decoder-full-edits"], (0.5, 0.5)),
 }
 
+# a step of SGD in place of three, and half of the forwards
+SMALL = (
+    "grpo.num_iterations=1", "sampling.guidance_scale=1", "sampling.num_inference_steps=4",
+    "sde.window_start_max=1",
+)  # fmt: skip
+UPDATES = "duet.train.tiny.engine_updates"
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
+    """What one process makes of the cases, this one."""
     folder = tmp_path_factory.mktemp("engines") / "alone"
-    launch("ddp", 1, folder, folder, *sorted({c for own, _ in CASES.values() for c in own}))
+    write_rows(folder)
+    cases = sorted({case for own, _ in CASES.values() for case in own})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        engine_updates.main([str(folder), str(folder), *cases, *SMALL])
     return folder
 
 
@@ -28,7 +43,10 @@ def test_an_update_in_parts_is_that_of_one_process(engine, alone, tmp_path):
     begin on a checkpoint, a loss that is not finite on one process is skipped by all, a resume is
     exact, a hostile file is refused, and the names are those of one process."""
     (cases, parts), folder = CASES[engine], tmp_path / engine
-    launch(engine, 2, folder, alone, *cases)
+    write_rows(folder)
+    asked = (str(folder), str(alone), *cases, *SMALL)
+    done = forked.run(UPDATES, *asked, processes=2, environment=ENGINES[engine])
+    assert done.returncode == 0, done.stderr
     for case in cases:
         line = compare(engine, case, alone / case, folder / case)
         assert line.sound, line
@@ -38,7 +56,7 @@ def test_an_update_in_parts_is_that_of_one_process(engine, alone, tmp_path):
     write_rows(tmp_path / "alone")
     for case in cases:  # one process alone goes on from what two had in parts
         output, adam = tmp_path / "alone" / case / "resumed", folder / case / "adam"
-        go_on(case, adam / "checkpoint-1", output)
+        go_on(case, adam / "checkpoint-1", output, *SMALL)
         ended, theirs = (moments(f / "checkpoint-2") for f in (output, adam))
         largest = max(float(value.abs().max()) for value in theirs.values())
         assert distance(ended, theirs) < MOMENTS_ALLOWED * largest

@@ -4,10 +4,12 @@ OMP_NUM_THREADS=1 python -m duet.train configs/tiny/STAGE.yaml OVERRIDES (below)
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from duet.configs.load import load_config
 from tests.conftest import ROOT, train
 
 OVERRIDES = [
@@ -32,7 +34,8 @@ def one_thread():
 
 @pytest.mark.parametrize("stage", ["ar", "decoder"])
 def test_four_steps_give_the_golden_metrics(small_run, stage, tmp_path, one_thread):
-    train(small_run(stage, *OVERRIDES))
+    shipped = load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml").rewards
+    train(replace(small_run(stage, *OVERRIDES), rewards=shipped))
     made = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     golden = (ROOT / "tests" / "golden" / f"{stage}.jsonl").read_text().splitlines()
     assert len(made) == len(golden) == 4

@@ -147,7 +147,7 @@ def test_a_log_has_plain_lines(resumed):
 
 
 def on_terminal(*arguments: str) -> str:
-    """What a command writes to a terminal of its own."""
+    """What a command that fails writes to a terminal of its own."""
     ours, its = pty.openpty()
     termios.tcsetwinsize(ours, (24, 80))
     done = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=its, stderr=its)
@@ -159,7 +159,7 @@ def on_terminal(*arguments: str) -> str:
         except OSError:  # the other end is closed
             break
         written += part
-    done.wait()
+    assert done.wait() == 2
     os.close(ours)
     return written.decode()
 

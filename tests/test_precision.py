@@ -39,13 +39,14 @@ from tests.conftest import CLIP, MODEL, ROOT, SAMPLING, SIZE, adapter_weights, t
 
 STAGES = ["ar", "decoder"]
 BF16 = Arithmetic("bfloat16", "bf16")
-# what must differ at tiny size, and nothing else: files, size, rewards, how long
+# what must differ at tiny size, and nothing else: files, size, steps, rewards, how long
 TINY = [
     f"model.path={MODEL}",
     "data.train=configs/tiny/prompts/train.jsonl",
     "data.eval=configs/tiny/prompts/eval.jsonl",
     "sampling.height=64",
     "sampling.width=96",
+    "sampling.num_inference_steps=10",
     "rollout.prompts_per_step=2",
     f"rewards=[{{name: fidelity, args: {{model: '{CLIP}', pretrained: null}}}}]",
     "train.max_steps=2",
@@ -182,8 +183,8 @@ def test_a_low_precision_base_resumes_the_very_weights(small_run, stage, tmp_pat
     common = [*SHIPPED, "optim.lr_scheduler_type=constant", "optim.learning_rate=0.003"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(small_run(stage, *common, f"output_dir={whole}"))
-    train(small_run(stage, *common, f"output_dir={parts}", "train.max_steps=1"))
-    train(small_run(stage, *common, f"output_dir={parts}", "train.resume=latest"))
+    older = f"train.resume={whole / 'checkpoint-1'}"
+    train(small_run(stage, *common, f"output_dir={parts}", older))
     expected, reached = (adapter_weights(run / "checkpoint-2") for run in (whole, parts))
     assert expected.keys() == reached.keys()
     assert all(torch.equal(value, reached[name]) for name, value in expected.items())
@@ -225,12 +226,6 @@ def test_the_coarsest_dtype_is_the_precision(dtype, mixed, precision):
 def test_half_precision_on_a_cpu_is_refused(small_run):
     with pytest.raises(UserError, match="'fp16' needs a GPU"):
         train(small_run("ar", "train.mixed_precision=fp16"))
-
-
-def test_a_config_of_another_precision_does_not_resume(small_run):
-    train(small_run("decoder", "train.max_steps=1"))
-    with pytest.raises(UserError, match="model.dtype = 'bfloat16', but checkpoint"):
-        train(small_run("decoder", "train.resume=latest", *SHIPPED))
 
 
 def test_final_generation_takes_what_stock_would(pipeline):
@@ -276,12 +271,11 @@ def test_generate_runs_in_the_adapters_arithmetic(tmp_path, monkeypatch):
     assert told == [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
 
 
-@pytest.mark.parametrize("stage", ["ar", "decoder"])
-@pytest.mark.parametrize("precision", [[], SHIPPED], ids=["float32", "shipped"])
-def test_every_rollouts_second_update_is_off_ratio_one(small_run, stage, precision, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_rollouts_second_update_is_off_ratio_one(small_run, stage, tmp_path):
     """Not the first rollout's alone: the old log-probs are those before each rollout's updates."""
     overrides = ["optim.gradient_accumulation_steps=1", "optim.lr_scheduler_type=constant"]
-    train(small_run(stage, *precision, *overrides))
+    train(small_run(stage, *SHIPPED, *overrides))
     steps = metrics(tmp_path / "run")
     assert len(steps) == 2
     for step in steps:
@@ -294,12 +288,6 @@ def test_a_run_takes_the_configs_arithmetic(small_run):
     assert run.stage.engine.autocast == torch.bfloat16
     assert run.accelerator.mixed_precision == "bf16"
     assert run.stage.engine.pipeline.transformer.dtype == torch.bfloat16
-
-
-def test_mixed_precision_alone_does_not_resume(small_run):
-    train(small_run("decoder", "train.max_steps=1"))
-    with pytest.raises(UserError, match="train.mixed_precision = 'bf16', but checkpoint"):
-        train(small_run("decoder", "train.resume=latest", "train.mixed_precision=bf16"))
 
 
 def test_evaluation_runs_in_the_configs_arithmetic(small_run, tmp_path, monkeypatch):

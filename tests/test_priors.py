@@ -1,10 +1,7 @@
 """Prior tokens of the decoder's groups: where they come from, and the cache on the disk."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from duet.train.prior_stamp import differences, make_stamp
 from duet.train.prior_tokens import make_priors
 from duet.train.prompts import draw_groups
 from duet.train.stages import DecoderStage
+from tests import forked
 from tests.conftest import MODEL, ROOT, SIZE, train
 
 TINY = ROOT / "configs" / "tiny"
@@ -391,13 +389,7 @@ def test_two_processes_share_the_making(made, tmp_path):
     """And make the very files of one."""
     for name in ("rows.jsonl", "reference.png"):
         shutil.copy(made / name, tmp_path)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "duet.train.priors", str(TINY / "decoder.yaml"), *named(tmp_path),
-    ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    arguments = [str(TINY / "decoder.yaml"), *named(tmp_path)]
+    done = forked.run("duet.train.priors", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "cache/priors") == contents(made / "cache/priors")

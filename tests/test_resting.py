@@ -122,7 +122,7 @@ def test_what_has_no_weights_to_move_has_no_device():
 @pytest.fixture
 def followed(monkeypatch):
     """In place of the config's rewards: two, one of them for whole groups."""
-    rewards = {"ocr": Moves(), "fidelity": Moves()}
+    rewards = {"fidelity": Moves(), "Sharpness": Moves()}
     rewards["fidelity"].whole_groups = True
 
     def load(configs):

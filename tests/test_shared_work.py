@@ -1,9 +1,6 @@
 """Evaluation and `generate` on two processes: the files of one, each picture once, one end."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from duet.inference.model import base_fingerprint, load_pipeline
 from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train import evaluate
+from tests import forked
 from tests.conftest import MODEL, ROOT, SIZE
 
 PICTURES = {"found": 21, "drawn": 10}  # of evaluations before_after.png too
@@ -84,14 +82,7 @@ def shared(tmp_path_factory):
     write_average(folder / "both")
     commands = asked(folder, folder / "two")
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "tests.shared_work", str(folder / "commands.json"),
-    ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run("tests.shared_work", str(folder / "commands.json"), processes=2)
     assert done.returncode == 0, done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)

@@ -151,7 +151,7 @@ def test_the_decoders_turn_draws_its_priors_from_the_ar_as_it_stands(run, tmp_pa
     assert any(a != b for (_, a), (_, b) in zip(before["ar"], others, strict=True))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [2, 4])
 def test_resume_is_exact_in_a_turn_and_across_its_border(run, tmp_path, step):
     overrides = [f"train.resume={run}/checkpoint-{step}", "train.save_steps=99"]
     reached = train(make(tmp_path, *overrides))

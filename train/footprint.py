@@ -17,10 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+aten, prim = torch.ops.aten, torch.ops.prim
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ class Meter(TorchDispatchMode):
         return stretch
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is prim.device.default:  # two of three calls, and no work
+            return args[0].fake_device
         if func.is_view:
             return func(*args, **(kwargs or {}))
         given = _tensors((args, kwargs))
@@ -95,7 +96,13 @@ class Meter(TorchDispatchMode):
 
 
 def _tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for part in tree for tensor in _tensors(part)]
 
 
 def _masked(func, args) -> Tensor | None:

@@ -5,6 +5,7 @@ import platform
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -28,8 +29,15 @@ def record_start(config: RunConfig, step: int) -> None:
         "step": step,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {d.name: d.version for d in distributions()},
+        "packages": _packages(),
         "config": told,
     }
     with (folder / STARTS_FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
+
+
+@cache
+def _packages() -> dict[str, str]:
+    """Versions by name, of the packages that this process could load when it began."""
+    read = (found.metadata for found in distributions())
+    return {told["Name"]: told["Version"] for told in read}
