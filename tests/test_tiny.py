@@ -67,7 +67,7 @@ def test_held_out_words_and_pairs_never_occur_in_a_training_prompt():
         training_caption(sample_card(rng, any_pair=True), rng, noise=0.35) for _ in range(5000)
     ]
     words = {quoted_spans(c)[0] for c in captions}
-    words |= {dit_pretraining.misspelt(w, rng) for w in sorted(words)}
+    words |= {dit_pretraining.misspelt(w, rng, dit_pretraining.LETTER_NOISE) for w in sorted(words)}
     pairs = set().union(*(named_pairs(c) for c in captions))
     assert not any(world.is_held_out_word(w) for w in words)
     assert len(pairs) > 15 and not any(world.is_held_out_pair(*p) for p in pairs)

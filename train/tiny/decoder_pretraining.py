@@ -1,7 +1,6 @@
 """Pretraining of the tiny VAE and glyph encoder."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+from duet.train.tiny.descent import descend
 from duet.train.tiny.edits import sample_styled
 from duet.train.tiny.parts import build_glyph_encoder, build_vae
 from duet.train.tiny.scenes import draw_scene
@@ -38,10 +38,10 @@ def train_vae(model_folder: Path, seed: int = 2, cards: int = 3000, steps: int =
     images = torch.stack([pixels_of(draw(sample_card(rng))) for _ in range(cards)])
     vae = build_vae()
 
-    def loss() -> Tensor:
-        return _vae_loss(vae, scaled(images[torch.randint(cards, (_BATCH,))]))
+    def losses() -> dict[str, Tensor]:
+        return {"loss": _vae_loss(vae, scaled(images[torch.randint(cards, (_BATCH,))]))}
 
-    _descend("VAE", vae, loss, steps, 2e-3)
+    descend("VAE", vae.parameters(), losses, steps, 2e-3)
     _save_with_statistics(vae, images[:512], model_folder)
 
 
@@ -61,12 +61,12 @@ def refine_vae_decoder(
         latents = torch.cat([vae.encode(scaled(b)).latent_dist.mode() for b in images.split(64)])
     spread = latents.std((0, 2, 3), keepdim=True)
 
-    def loss() -> Tensor:
+    def losses() -> dict[str, Tensor]:
         pick = torch.randint(cards, (_BATCH,))
         z = latents[pick] + 0.05 * spread * torch.randn_like(latents[pick])
-        return _difference(vae.decode(z).sample, scaled(images[pick]))
+        return {"loss": _difference(vae.decode(z).sample, scaled(images[pick]))}
 
-    _descend("VAE decoder", vae.decoder, loss, steps, 1e-3)
+    descend("VAE decoder", vae.decoder.parameters(), losses, steps, 1e-3)
     vae.save_pretrained(model_folder / "vae")
 
 
@@ -85,38 +85,15 @@ def train_vae_styles(
     images = torch.stack([pixels_of(picture) for picture in drawn])
     images = images[torch.randperm(len(images))]
 
-    def loss() -> Tensor:
-        return _vae_loss(vae, scaled(images[torch.randint(len(images), (_BATCH,))]), 0.05)
+    def losses() -> dict[str, Tensor]:
+        batch = scaled(images[torch.randint(len(images), (_BATCH,))])
+        return {"loss": _vae_loss(vae, batch, 0.05)}
 
     def save(step: int) -> None:
         if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
             _save_with_statistics(vae, images[:768], model_folder)
 
-    _descend("VAE styles", vae, loss, steps, 1.5e-3, save)
-
-
-def _descend(
-    name: str,
-    trained: nn.Module,
-    loss_of: Callable[[], Tensor],
-    steps: int,
-    rate: float,
-    after: Callable[[int], None] = lambda step: None,
-) -> None:
-    """`loss_of` draws a batch; `after`: called with each step that is made."""
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    progress = trange(steps, desc=name)
-    for step in progress:
-        loss = loss_of()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-        after(step)
+    descend("VAE styles", vae.parameters(), losses, steps, 1.5e-3, after=save)
 
 
 def _vae_loss(vae: AutoencoderKL, x: Tensor, noise: float = 0.0) -> Tensor:

@@ -1,6 +1,7 @@
 """Pretraining of the tiny DiT, on text and edits together."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,65 +19,104 @@ from duet.train.tiny.parts import build_dit
 from duet.train.tiny.world import ALPHABET, HEIGHT_PIXELS, WIDTH_PIXELS, is_held_out_word
 
 # A letter of a pretraining glyph text is wrong this often: what the DiT learns is
-# how often it draws the letter that was asked for. In an edit it is so less often.
-LETTER_NOISE, EDIT_LETTER_NOISE = 0.25, 0.1
+# how often it draws the letter that was asked for. In an edit it is so less often,
+# in the annealing more often: what is learnt last is drawn most surely.
+LETTER_NOISE, EDIT_LETTER_NOISE, ANNEALING_LETTER_NOISE = 0.25, 0.1, 0.3
+_TEXT_SHARE, _TEXT_BATCH, _EDIT_BATCH = 0.45, 64, 32
 _DROPPED = 0.1  # batches of the unconditional branch of guidance
-_SAVE_STEPS = 500
+_SAVE_STEPS = 250
 
 
 def train_dit(
-    model_folder: Path,
-    seed: int = 3,
-    cards: int = 5000,
-    edits: int = 5000,
-    steps: int = 3200,
-    schedule_steps: int = 7000,
-    text_share: float = 0.45,
-    batch: int = 64,
-    edit_batch: int = 32,
+    model_folder: Path, seed: int = 3, steps: int = 3200, schedule_steps: int = 7000
 ) -> None:
-    """Flow matching, v = noise - x0, conditioned as the stock pipeline does.
-
-    Stops before the learning rate's schedule ends: by then it reads too well to
-    have much left for GRPO to improve.
-    """
+    """From fresh weights, at a rate that is still high at the end."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     pipeline = GlmImagePipeline.from_pretrained(model_folder)
     encoder = pretrain_glyph_encoder(pipeline.tokenizer, seed)
-    of_text = card_pools(pipeline, rng, cards)
-    of_edits = edit_pools(pipeline, rng, edits)
-    dit = build_dit()
-    parameters = [*dit.parameters(), *encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, schedule_steps, pct_start=0.05)
-    mu = _shift_mu(pipeline.scheduler.config)
-    average = torch.optim.swa_utils.AveragedModel(
-        nn.ModuleList([dit, encoder]),
-        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995),
+    pools = _Pools.of(pipeline, rng)
+    trained = nn.ModuleList([build_dit(), encoder])
+    course = _Course("DiT", 1e-3, steps, schedule_steps, LETTER_NOISE)
+    _train(course, trained, pipeline, pools, rng)
+
+
+def anneal_dit(model_folder: Path, seed: int = 9, steps: int = 1000) -> None:
+    """Their average goes on at a rate that falls to 0: stripes, cells and letters become clear."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    pipeline = GlmImagePipeline.from_pretrained(model_folder)
+    pools = _Pools.of(pipeline, rng)
+    trained = nn.ModuleList([pipeline.transformer, pipeline.text_encoder]).train()
+    course = _Course("DiT annealed", 5e-4, steps, steps, ANNEALING_LETTER_NOISE)
+    _train(course, trained, pipeline, pools, rng)
+
+
+@dataclass(frozen=True)
+class _Pools:
+    text: list[Pool]
+    edits: list[Pool]
+
+    @classmethod
+    def of(cls, pipeline: GlmImagePipeline, rng: random.Random, count: int = 5000) -> "_Pools":
+        """Of so many cards and edits."""
+        return cls(card_pools(pipeline, rng, count), edit_pools(pipeline, rng, count))
+
+    def draw(self, rng: random.Random) -> tuple[Pool, int]:
+        """One of either kind, and how many of it make a batch."""
+        is_text = rng.random() < _TEXT_SHARE
+        pools, count = (self.text, _TEXT_BATCH) if is_text else (self.edits, _EDIT_BATCH)
+        return rng.choices(pools, list(map(len, pools)))[0], count
+
+
+@dataclass(frozen=True)
+class _Course:
+    name: str
+    rate: float
+    steps: int
+    schedule_steps: int  # the rate would be 0 behind them
+    letter_noise: float  # of cards
+
+
+def _train(
+    course: _Course,
+    trained: nn.ModuleList,
+    pipeline: GlmImagePipeline,
+    pools: _Pools,
+    rng: random.Random,
+) -> None:
+    """Flow matching, v = noise - x0, of DiT and glyph encoder, conditioned as the stock pipeline
+    does. What is saved is their moving average.
+    """
+    dit, encoder = trained
+    folder = Path(pipeline.name_or_path)
+    rate, steps = course.rate, course.steps
+    optimizer = torch.optim.AdamW(trained.parameters(), rate, (0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, course.schedule_steps, pct_start=0.05
     )
+    mu = _shift_mu(pipeline.scheduler.config)
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=decay)
     shown = {}
-    progress = trange(steps, desc="DiT")
+    progress = trange(steps, desc=course.name)
     for step in progress:
-        is_text = rng.random() < text_share
-        pools, count = (of_text, batch) if is_text else (of_edits, edit_batch)
-        pool = rng.choices(pools, list(map(len, pools)))[0]
-        loss = flow_loss(dit, encoder, pipeline.tokenizer, pool, count, mu, rng)
+        pool, count = pools.draw(rng)
+        noise = EDIT_LETTER_NOISE if pool.sources else course.letter_noise
+        loss = flow_loss(dit, encoder, pipeline.tokenizer, pool, count, mu, rng, noise)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        average.update_parameters(nn.ModuleList([dit, encoder]))
-        name = f"sources {len(pool.sources[0]) if pool.sources else 0}"
-        shown[name] = 0.98 * shown.get(name, loss.item()) + 0.02 * loss.item()
+        average.update_parameters(trained)
+        kind = f"sources {len(pool.sources[0]) if pool.sources else 0}"
+        shown[kind] = 0.98 * shown.get(kind, loss.item()) + 0.02 * loss.item()
         if step % 20 == 0:
             progress.set_postfix({k: f"{v:.4f}" for k, v in sorted(shown.items())})
         if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
-            for averaged, folder in zip(
-                average.module, ("transformer", "text_encoder"), strict=True
-            ):
-                averaged.save_pretrained(model_folder / folder)
+            for averaged, part in zip(average.module, ("transformer", "text_encoder"), strict=True):
+                averaged.save_pretrained(folder / part)
 
 
 def flow_loss(
@@ -87,11 +127,11 @@ def flow_loss(
     count: int,
     mu: float,
     rng: random.Random,
+    letter_noise: float,
 ) -> Tensor:
     pick = torch.randint(len(pool), (count,))
     x0, prior = pool.latents[pick], pool.prior[pick]
-    noise_rate = LETTER_NOISE if pool.sources is None else EDIT_LETTER_NOISE
-    words = [misspelt(pool.words[i], rng, noise_rate) for i in pick.tolist()]
+    words = [misspelt(pool.words[i], rng, letter_noise) for i in pick.tolist()]
     t = torch.randint(1, 1001, (count,)).float()
     sigma = mu / (mu + (1000 / t - 1))
     noise = torch.randn_like(x0)
@@ -124,7 +164,7 @@ def _unconditional(dit: nn.Module, null: Tensor, x: Tensor, prior: Tensor, t: Te
     ).sample
 
 
-def misspelt(word: str, rng: random.Random, noise: float = LETTER_NOISE) -> str:
+def misspelt(word: str, rng: random.Random, noise: float) -> str:
     """Each letter replaced with that probability, never by a held-out word."""
     while True:
         said = "".join(rng.choice(ALPHABET) if rng.random() < noise else c for c in word)

@@ -5,7 +5,8 @@
 
 The first evaluates a run's model on configs/tiny/prompts/edits_eval.jsonl; the second reads a
 folder in which that was done. Prints a table: the base's means, and below them each checkpoint's
-paired changes to it, with 95 % intervals over prompts.
+paired changes to it, with 95 % intervals over prompts. Writes edits.png into the report: two edits
+of each kind; from above: first and second source, wanted, of the base, of the last checkpoint.
 """
 
 import argparse
@@ -13,13 +14,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from duet.configs.errors import UserError, exit_on_user_error
+from duet.configs.pictures import read_picture
+from duet.configs.row import Row
 from duet.configs.rows import load_rows
 from duet.configs.schema import EvalConfig
+from duet.train.log import image_grid
 from duet.train.results import BASE, RESULTS
 from duet.train.statistics import summarise
 from duet.train.tiny.comparison import CONFIGS, duet
 from duet.train.tiny.edits import KINDS
+from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS
 
 ROWS = CONFIGS / "prompts" / "edits_eval.jsonl"
 _CLIP = f"{{model: 'local-dir:{CONFIGS}/judges/clip', pretrained: null}}"
@@ -31,6 +38,7 @@ OVERRIDES = (
     f"eval.rewards=[{{name: duet.train.tiny.obedience.EditKept}}, {{name: ocr, args: {_OCR}}}, "
     f"{{name: fidelity, args: {_CLIP}}}]",
 )
+_SHOWN = 2  # edits a kind
 MEASURES = {"EditSuccess": "success", "EditKept": "kept", "ocr": "OCR", "fidelity": "fidelity"}
 
 
@@ -40,7 +48,7 @@ def table(report: Path) -> str:
     rows = load_rows(ROWS)
     if results["prompts"] != [row.prompt for row in rows]:
         raise UserError(f"{report} is no evaluation on {ROWS}: give the config, and an --output")
-    places = {kind: [i for i, row in enumerate(rows) if row["kind"] == kind] for kind in KINDS}
+    places = {kind: _places(rows, kind) for kind in KINDS}
     places["all"] = list(range(len(rows)))
     base, lines = results["rows"][0]["scores"], []
     for made in results["rows"]:
@@ -52,6 +60,10 @@ def table(report: Path) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _places(rows: Sequence[Row], kind: str) -> list[int]:
+    return [i for i, row in enumerate(rows) if row["kind"] == kind]
+
+
 def _cell(made: dict, base: dict, name: str, places: Sequence[int]) -> str:
     scores, before = ([table[name][i] for i in places] for table in (made["scores"], base))
     if made["model"] == BASE:
@@ -60,6 +72,28 @@ def _cell(made: dict, base: dict, name: str, places: Sequence[int]) -> str:
     found = summarise(scores, before, EvalConfig())
     low, high = found.change_interval
     return f"{found.mean:.3f} ({found.change:+.3f} [{low:+.3f}, {high:+.3f}])"
+
+
+def write_strip(report: Path) -> None:
+    """`report/edits.png`, made anew."""
+    rows = load_rows(ROWS)
+    made = json.loads((report / RESULTS).read_text())["rows"]
+    chosen = [i for kind in KINDS for i in _places(rows, kind)[:_SHOWN]]
+    pictures = []
+    for nth in range(2):
+        pictures += [_source(rows[i], nth) for i in chosen]
+    pictures += [rows[i].picture("image") for i in chosen]
+    for model in (made[0], made[-1]):
+        each = len(model["images"]) // len(rows)
+        pictures += [Image.open(report / model["images"][i * each]) for i in chosen]
+    image_grid(pictures, len(chosen)).save(report / "edits.png", optimize=True)
+
+
+def _source(row: Row, nth: int) -> Image.Image:
+    """Blank where the row has fewer."""
+    if nth < len(row.sources):
+        return read_picture(row.sources[nth])
+    return Image.new("RGB", (WIDTH_PIXELS, HEIGHT_PIXELS), "white")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         report = asked.output.resolve()
         duet("evaluate", asked.given.resolve(), *OVERRIDES, *models, "--output", report)
     print(table(report))
+    write_strip(report)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ STAGES = {
     "vae_decoder": lambda: decoder_pretraining.refine_vae_decoder(MODEL),
     "vae_styles": lambda: decoder_pretraining.train_vae_styles(MODEL),
     "dit": lambda: dit_pretraining.train_dit(MODEL),
+    "dit_annealed": lambda: dit_pretraining.anneal_dit(MODEL),
     "ar": lambda: ar_pretraining.train_ar(MODEL),
     "judges": lambda: judges.train(JUDGES),
     "prompts": write_prompts,
