@@ -46,7 +46,13 @@ _TOP = 4 * GRIDS[0].width  # tokens of the preview's first rows, where shapes be
 _SAVE_STEPS = 300
 
 
-def train_ar(model_folder: Path, seed: int = 1, cards: int = 10000, edits: int = 6000) -> None:
+def train_ar(
+    model_folder: Path,
+    seed: int = 1,
+    cards: int = 10000,
+    edits: int = 6000,
+    steps: tuple[int, int, int] = (3000, 1000, 800),
+) -> None:
     """Teacher forcing in three legs: from what is cheap and clean to what data from the web is.
 
     Edits alone: where a token's source stands is learnt slowly, for its distance varies with the
@@ -84,9 +90,9 @@ def train_ar(model_folder: Path, seed: int = 1, cards: int = 10000, edits: int =
 
     model.train()
     trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    descend("AR edits", trained, of_edits, 3000, 2e-3, 0.01, save)
-    descend("AR captions", trained, of_captions, 1000, 2e-3, 0.01, save)
-    descend("AR", trained, of_all, 800, 2e-3, 0.01, save)
+    descend("AR edits", trained, of_edits, steps[0], 2e-3, 0.01, save)
+    descend("AR captions", trained, of_captions, steps[1], 2e-3, 0.01, save)
+    descend("AR", trained, of_all, steps[2], 2e-3, 0.01, save)
     # what `duet.inference.generate` takes when nothing else is said
     model.generation_config.update(do_sample=True, temperature=1.0, top_p=0.9)
     model.eval().save_pretrained(folder)
