@@ -1,7 +1,6 @@
 """Pretraining of the tiny AR, on text and edits together."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,26 +38,20 @@ CAPTION_NOISE = 0.35
 MISTAKES = {"edit": 0.4, "style": 0.4, "subjects": 0.35, "identity": 0.35}
 # Of an edit's tokens those of the word count less: the decoder reads letters off its sources.
 _EDIT_WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
-# So many visual tokens of a card are read as another card's: what a model that draws its own does
-# not do as it has learnt must not lead it astray.
-_STRAY = 0.1
-_TOP = 4 * GRIDS[0].width  # tokens of the preview's first rows, where shapes begin
 _SAVE_STEPS = 300
 
 
 def train_ar(
     model_folder: Path,
     seed: int = 1,
-    cards: int = 10000,
+    cards: int = 4000,
     edits: int = 6000,
-    steps: tuple[int, int, int] = (3000, 1000, 800),
+    steps: tuple[int, int] = (3000, 2000),
 ) -> None:
-    """Teacher forcing in three legs: from what is cheap and clean to what data from the web is.
+    """Teacher forcing: on edits alone, which are right, then on cards and edits with mistakes.
 
-    Edits alone: where a token's source stands is learnt slowly, for its distance varies with the
-    prompt's length, and an edit has a seventh of a card's tokens. Captions in the form of edits
-    beside them, since of a card's 253 tokens few tell whether its words were understood. At last
-    cards in their own form, and edits, with mistakes.
+    Where a token's source stands is learnt slowly, for its distance varies with the prompt's
+    length; an edit has a seventh of a card's tokens, so that many steps of them are cheap.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -71,17 +64,9 @@ def train_ar(
     def of_edits() -> dict[str, Tensor]:
         return {"loss": _edit_loss(model, rng.choices(edit_pool, k=64), rng, noised=False)}
 
-    def of_captions() -> dict[str, Tensor]:
-        short = _short_loss(pipeline, rng.choices(card_pool, k=12), rng)
-        tops = _card_loss(pipeline, rng.choices(card_pool, k=40), rng, noise=0.0, written=_TOP)
-        cards = _card_loss(pipeline, rng.choices(card_pool, k=6), rng, noise=0.0)
-        edited = _edit_loss(model, rng.choices(edit_pool, k=8), rng, noised=False)
-        shown = {"short": short, "tops": tops, "cards": cards, "edits": edited}
-        return {"loss": sum(shown.values()), **shown}
-
-    def of_all() -> dict[str, Tensor]:
-        cards = _card_loss(pipeline, rng.choices(card_pool, k=20), rng, CAPTION_NOISE)
-        edited = _edit_loss(model, rng.choices(edit_pool, k=32), rng, noised=True)
+    def of_both() -> dict[str, Tensor]:
+        cards = _card_loss(pipeline, rng.choices(card_pool, k=32), rng)
+        edited = _edit_loss(model, rng.choices(edit_pool, k=16), rng, noised=True)
         return {"loss": cards + edited, "cards": cards, "edits": edited}
 
     def save(step: int) -> None:
@@ -91,51 +76,22 @@ def train_ar(
     model.train()
     trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     descend("AR edits", trained, of_edits, steps[0], 2e-3, 0.01, save)
-    descend("AR captions", trained, of_captions, steps[1], 2e-3, 0.01, save)
-    descend("AR", trained, of_all, steps[2], 2e-3, 0.01, save)
+    descend("AR", trained, of_both, steps[1], 2e-3, 0.01, save)
     # what `duet.inference.generate` takes when nothing else is said
     model.generation_config.update(do_sample=True, temperature=1.0, top_p=0.9)
     model.eval().save_pretrained(folder)
 
 
-def _captioned(
-    pipeline: GlmImagePipeline, drawn: list[tuple[Card, Tensor]], rng: random.Random, noise: float
-) -> tuple[list[Prompt], Tensor]:
-    """Prompts, a colour word wrong with probability `noise`; codes of preview and large grid."""
-    captions = [training_caption(card, rng, noise) for card, _ in drawn]
-    asked = [text_prompt(pipeline.processor, Request(c, (0,), SIZE)) for c in captions]
-    return asked, torch.stack([codes for _, codes in drawn])
-
-
 def _card_loss(
-    pipeline: GlmImagePipeline,
-    drawn: list[tuple[Card, Tensor]],
-    rng: random.Random,
-    noise: float,
-    written: int | None = None,
-) -> Tensor:
-    """On preview and large grid, or the first so many tokens of them."""
-    prompts, codes = _captioned(pipeline, drawn, rng, noise)
-    weights = _token_weights(codes)[:, :written]
-    seen = torch.where(torch.rand(codes.shape) < _STRAY, codes.roll(1, 0), codes)
-    model = pipeline.vision_language_encoder
-    losses = token_losses(model, prompts, codes[:, :written], seen[:, :written])
-    return (losses * weights).sum() / weights.sum()
-
-
-def _short_loss(
     pipeline: GlmImagePipeline, drawn: list[tuple[Card, Tensor]], rng: random.Random
 ) -> Tensor:
-    """On the large grid alone, as an edit's: the prompt announces no preview."""
-    prompts, codes = _captioned(pipeline, drawn, rng, noise=0.0)
-    announcement = pipeline.processor.tokenizer.convert_tokens_to_ids("<|grid_begin|>")
-    short = []
-    for prompt in prompts:
-        preview = int((prompt.ids == announcement).nonzero().max())
-        ids = torch.cat([prompt.ids[:preview], prompt.ids[-1:]])
-        short.append(Prompt(ids, prompt.positions[:, : len(ids)], len(ids), GRIDS[1:]))
-    model = pipeline.vision_language_encoder
-    return _weighed(token_losses(model, short, codes[:, -GRIDS[1].count :]))
+    """On preview and large grid, with colour words noised."""
+    captions = [training_caption(card, rng, CAPTION_NOISE) for card, _ in drawn]
+    asked = [text_prompt(pipeline.processor, Request(c, (0,), SIZE)) for c in captions]
+    codes = torch.stack([codes for _, codes in drawn])
+    losses = token_losses(pipeline.vision_language_encoder, asked, codes)
+    weights = _token_weights()
+    return (losses * weights).sum() / (weights.sum() * len(losses))
 
 
 def _edit_loss(model: Module, drawn: list["_Edited"], rng: random.Random, noised: bool) -> Tensor:
@@ -143,27 +99,17 @@ def _edit_loss(model: Module, drawn: list["_Edited"], rng: random.Random, noised
     wrong = [noised and rng.random() < MISTAKES[edited.kind] for edited in drawn]
     pairs = zip(drawn, wrong, strict=True)
     codes = torch.stack([e.mistaken if is_wrong else e.wanted for e, is_wrong in pairs])
-    return _weighed(token_losses(model, [e.prompt for e in drawn], codes))
-
-
-def _weighed(losses: Tensor) -> Tensor:
-    """Of the large grid alone, [B, T]."""
+    losses = token_losses(model, [e.prompt for e in drawn], codes)
     return (losses * _EDIT_WEIGHTS).sum() / (_EDIT_WEIGHTS.sum() * len(losses))
 
 
-def token_losses(
-    model: Module, prompts: Sequence[Prompt], codes: Tensor, seen: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of the first visual tokens [B, T] behind prompts of the same grids: [B, T].
-
-    `seen`: what is read in their place.
-    """
+def token_losses(model: Module, prompts: list[Prompt], codes: Tensor) -> Tensor:
+    """Cross-entropy of visual tokens [B, T] behind prompts of the same grids: [B, T]."""
     read = PromptBatch.of(prompts, model.config.text_config.pad_token_id, codes.device)
-    ids = torch.cat([read.ids, codes if seen is None else seen], dim=-1)[:, :-1]
     output = model(
-        input_ids=ids,
+        input_ids=torch.cat([read.ids, codes], dim=-1)[:, :-1],
         attention_mask=read.seen(codes.shape[1] - 1),
-        position_ids=read.positions[..., : ids.shape[1]],
+        position_ids=read.positions[..., :-1],
         logits_to_keep=codes.shape[1],
     )
     return F.cross_entropy(output.logits.transpose(1, 2), codes, reduction="none")
@@ -205,13 +151,11 @@ def _edit_pool(pipeline: GlmImagePipeline, rng: random.Random, count: int) -> li
     return made
 
 
-def _token_weights(codes: Tensor) -> Tensor:
-    """Loss weights [B, T]: tokens that decide colours count most, the preview's letters least."""
+def _token_weights() -> Tensor:
+    """Loss weights [T]: tokens that decide colours count most, the preview's letters least."""
     preview, large = GRIDS
-    shown = codes[:, : preview.count].view(-1, preview.height, preview.width)
-    weights = torch.ones(shown.shape)
-    # where another block begins the caption tells the token, elsewhere its neighbour does
-    weights[:, :, 1:][shown[:, :, 1:] != shown[:, :, :-1]] = 5.0
-    weights[:, preview.height // 2 :] = 0.1  # the word stands in the lower half
-    weights[:, 0, 0] = 20.0  # the background
-    return torch.cat([weights.flatten(1), torch.full((len(codes), large.count), 20.0)], 1)
+    rows = torch.ones(preview.height, preview.width)
+    rows[preview.height // 2 :] = 0.1  # the word stands in the lower half
+    weights = torch.cat([rows.flatten(), torch.full((large.count,), 20.0)])
+    weights[0] = 20.0  # the first token tells the background
+    return weights
