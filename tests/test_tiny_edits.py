@@ -226,7 +226,8 @@ def test_the_dit_learns_of_sources_by_the_path_that_samples(pipeline):
     def loss(pool: Pool) -> torch.Tensor:
         torch.manual_seed(0)
         rng = random.Random(1)  # of the conditional branch
-        return dit_pretraining.flow_loss(dit, encoder, pipeline.tokenizer, pool, 2, 1.5, rng)
+        tokenizer, noise = pipeline.tokenizer, dit_pretraining.EDIT_LETTER_NOISE
+        return dit_pretraining.flow_loss(dit, encoder, tokenizer, pool, 2, 1.5, rng, noise)
 
     kept = loss(two)
     swapped = replace(two, sources=[sources[::-1] for sources in two.sources])
