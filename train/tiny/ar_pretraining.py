@@ -2,6 +2,8 @@
 
 import random
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from duet.inference.layout import Size
 from duet.inference.prompt import Prompt, PromptBatch, edit_prompt, text_grids, text_prompt
 from duet.inference.request import Request
 from duet.train.tiny.codes import image_codes
-from duet.train.tiny.descent import descend
+from duet.train.tiny.descent import Course, descend
 from duet.train.tiny.edits import KINDS, mistaken, sample_edit
 from duet.train.tiny.scenes import draw_scene
 from duet.train.tiny.world import (
@@ -75,8 +77,8 @@ def train_ar(
 
     model.train()
     trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    descend("AR edits", trained, of_edits, steps[0], 2e-3, 0.01, save)
-    descend("AR", trained, of_both, steps[1], 2e-3, 0.01, save)
+    descend(Course("AR edits", 2e-3, steps[0], weight_decay=0.01), trained, of_edits, save)
+    descend(Course("AR", 2e-3, steps[1], weight_decay=0.01), trained, of_both, save)
     # what `duet.inference.generate` takes when nothing else is said
     model.generation_config.update(do_sample=True, temperature=1.0, top_p=0.9)
     model.eval().save_pretrained(folder)
@@ -90,8 +92,7 @@ def _card_loss(
     asked = [text_prompt(pipeline.processor, Request(c, (0,), SIZE)) for c in captions]
     codes = torch.stack([codes for _, codes in drawn])
     losses = token_losses(pipeline.vision_language_encoder, asked, codes)
-    weights = _token_weights()
-    return (losses * weights).sum() / (weights.sum() * len(losses))
+    return _weighed(losses, _card_weights())
 
 
 def _edit_loss(model: Module, drawn: list["_Edited"], rng: random.Random, noised: bool) -> Tensor:
@@ -100,7 +101,12 @@ def _edit_loss(model: Module, drawn: list["_Edited"], rng: random.Random, noised
     pairs = zip(drawn, wrong, strict=True)
     codes = torch.stack([e.mistaken if is_wrong else e.wanted for e, is_wrong in pairs])
     losses = token_losses(model, [e.prompt for e in drawn], codes)
-    return (losses * _EDIT_WEIGHTS).sum() / (_EDIT_WEIGHTS.sum() * len(losses))
+    return _weighed(losses, _EDIT_WEIGHTS)
+
+
+def _weighed(losses: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of [B, T] by [T]."""
+    return (losses * weights).sum() / (weights.sum() * len(losses))
 
 
 def token_losses(model: Module, prompts: list[Prompt], codes: Tensor) -> Tensor:
@@ -139,19 +145,22 @@ def _edit_pool(pipeline: GlmImagePipeline, rng: random.Random, count: int) -> li
     """As many of each kind, with their codes when done rightly and when mistaken."""
     kinds = list(KINDS)
     edits = [sample_edit(kinds[i % len(kinds)], rng, any_pair=True) for i in range(count)]
-    scenes = [[*e.sources, e.wanted, mistaken(e, rng)] for e in edits]
-    pictures = (draw_scene(scene) for own in tqdm(scenes, "AR edits") for scene in own)
-    codes = iter(image_codes(pipeline, pictures))
+    sources = [tuple(map(draw_scene, edit.sources)) for edit in tqdm(edits, "AR edits")]
+    drawn = chain.from_iterable(
+        (*own, draw_scene(edit.wanted), draw_scene(mistaken(edit, rng)))
+        for edit, own in zip(edits, sources, strict=True)
+    )
+    codes = iter(image_codes(pipeline, drawn))
     made = []
-    for edit, own in zip(edits, scenes, strict=True):
-        *sources, wanted, wrong = (next(codes) for _ in own)
-        pictures = tuple(map(draw_scene, edit.sources))
-        asked = Request(edit.prompt, (0,), SIZE, pictures, source_tokens=tuple(sources))
+    for edit, own in zip(edits, sources, strict=True):
+        tokens, wanted, wrong = tuple(islice(codes, len(own))), next(codes), next(codes)
+        asked = Request(edit.prompt, (0,), SIZE, own, source_tokens=tokens)
         made.append(_Edited(edit.kind, edit_prompt(pipeline.processor, asked), wanted, wrong))
     return made
 
 
-def _token_weights() -> Tensor:
+@cache
+def _card_weights() -> Tensor:
     """Loss weights [T]: tokens that decide colours count most, the preview's letters least."""
     preview, large = GRIDS
     rows = torch.ones(preview.height, preview.width)

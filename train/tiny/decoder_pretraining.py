@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
-from duet.train.tiny.descent import descend
+from duet.train.tiny.descent import Course, descend
 from duet.train.tiny.edits import sample_styled
 from duet.train.tiny.parts import build_glyph_encoder, build_vae
 from duet.train.tiny.scenes import draw_scene
@@ -41,7 +41,7 @@ def train_vae(model_folder: Path, seed: int = 2, cards: int = 3000, steps: int =
     def losses() -> dict[str, Tensor]:
         return {"loss": _vae_loss(vae, scaled(images[torch.randint(cards, (_BATCH,))]))}
 
-    descend("VAE", vae.parameters(), losses, steps, 2e-3)
+    descend(Course("VAE", 2e-3, steps), vae.parameters(), losses)
     _save_with_statistics(vae, images[:512], model_folder)
 
 
@@ -66,7 +66,7 @@ def refine_vae_decoder(
         z = latents[pick] + 0.05 * spread * torch.randn_like(latents[pick])
         return {"loss": _difference(vae.decode(z).sample, scaled(images[pick]))}
 
-    descend("VAE decoder", vae.decoder.parameters(), losses, steps, 1e-3)
+    descend(Course("VAE decoder", 1e-3, steps), vae.decoder.parameters(), losses)
     vae.save_pretrained(model_folder / "vae")
 
 
@@ -93,7 +93,7 @@ def train_vae_styles(
         if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
             _save_with_statistics(vae, images[:768], model_folder)
 
-    descend("VAE styles", vae.parameters(), losses, steps, 1.5e-3, after=save)
+    descend(Course("VAE styles", 1.5e-3, steps), vae.parameters(), losses, save)
 
 
 def _vae_loss(vae: AutoencoderKL, x: Tensor, noise: float = 0.0) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from diffusers import GlmImagePipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import trange
 
 from duet.inference.decoder import velocity
 from duet.inference.rollout import Conditions
 from duet.inference.source_attention import see
 from duet.train.tiny.decoder_pretraining import pretrain_glyph_encoder
+from duet.train.tiny.descent import Course, descend
 from duet.train.tiny.latent_pools import SIZE, Pool, card_pools, edit_pools
 from duet.train.tiny.parts import build_dit
 from duet.train.tiny.world import ALPHABET, HEIGHT_PIXELS, WIDTH_PIXELS, is_held_out_word
@@ -24,6 +24,7 @@ from duet.train.tiny.world import ALPHABET, HEIGHT_PIXELS, WIDTH_PIXELS, is_held
 LETTER_NOISE, EDIT_LETTER_NOISE, ANNEALING_LETTER_NOISE = 0.25, 0.1, 0.3
 _TEXT_SHARE, _TEXT_BATCH, _EDIT_BATCH = 0.45, 64, 32
 _DROPPED = 0.1  # batches of the unconditional branch of guidance
+_BETAS = 0.9, 0.99
 _SAVE_STEPS = 250
 
 
@@ -37,8 +38,8 @@ def train_dit(
     encoder = pretrain_glyph_encoder(pipeline.tokenizer, seed)
     pools = _Pools.of(pipeline, rng)
     trained = nn.ModuleList([build_dit(), encoder])
-    course = _Course("DiT", 1e-3, steps, schedule_steps, LETTER_NOISE)
-    _train(course, trained, pipeline, pools, rng)
+    course = Course("DiT", 1e-3, steps, schedule_steps, betas=_BETAS)
+    _train(course, LETTER_NOISE, trained, pipeline, pools, rng)
 
 
 def anneal_dit(model_folder: Path, seed: int = 9, steps: int = 1000) -> None:
@@ -48,8 +49,8 @@ def anneal_dit(model_folder: Path, seed: int = 9, steps: int = 1000) -> None:
     pipeline = GlmImagePipeline.from_pretrained(model_folder)
     pools = _Pools.of(pipeline, rng)
     trained = nn.ModuleList([pipeline.transformer, pipeline.text_encoder]).train()
-    course = _Course("DiT annealed", 5e-4, steps, steps, ANNEALING_LETTER_NOISE)
-    _train(course, trained, pipeline, pools, rng)
+    course = Course("DiT annealed", 5e-4, steps, betas=_BETAS)
+    _train(course, ANNEALING_LETTER_NOISE, trained, pipeline, pools, rng)
 
 
 @dataclass(frozen=True)
@@ -69,54 +70,39 @@ class _Pools:
         return rng.choices(pools, list(map(len, pools)))[0], count
 
 
-@dataclass(frozen=True)
-class _Course:
-    name: str
-    rate: float
-    steps: int
-    schedule_steps: int  # the rate would be 0 behind them
-    letter_noise: float  # of cards
-
-
 def _train(
-    course: _Course,
+    course: Course,
+    letter_noise: float,
     trained: nn.ModuleList,
     pipeline: GlmImagePipeline,
     pools: _Pools,
     rng: random.Random,
 ) -> None:
     """Flow matching, v = noise - x0, of DiT and glyph encoder, conditioned as the stock pipeline
-    does. What is saved is their moving average.
+    does. What is saved is their moving average. `letter_noise`: of cards.
     """
     dit, encoder = trained
     folder = Path(pipeline.name_or_path)
-    rate, steps = course.rate, course.steps
-    optimizer = torch.optim.AdamW(trained.parameters(), rate, (0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, course.schedule_steps, pct_start=0.05
-    )
     mu = _shift_mu(pipeline.scheduler.config)
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=decay)
-    shown = {}
-    progress = trange(steps, desc=course.name)
-    for step in progress:
+    shown: dict[str, Tensor] = {}
+
+    def losses() -> dict[str, Tensor]:
         pool, count = pools.draw(rng)
-        noise = EDIT_LETTER_NOISE if pool.sources else course.letter_noise
+        noise = EDIT_LETTER_NOISE if pool.sources else letter_noise
         loss = flow_loss(dit, encoder, pipeline.tokenizer, pool, count, mu, rng, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(trained)
         kind = f"sources {len(pool.sources[0]) if pool.sources else 0}"
-        shown[kind] = 0.98 * shown.get(kind, loss.item()) + 0.02 * loss.item()
-        if step % 20 == 0:
-            progress.set_postfix({k: f"{v:.4f}" for k, v in sorted(shown.items())})
-        if (step + 1) % _SAVE_STEPS == 0 or step + 1 == steps:  # can be judged before the end
+        shown[kind] = torch.lerp(shown.get(kind, loss.detach()), loss.detach(), 0.02)
+        return {"loss": loss, **shown}
+
+    def keep(step: int) -> None:
+        average.update_parameters(trained)
+        if (step + 1) % _SAVE_STEPS == 0 or step + 1 == course.steps:  # judged before the end
             for averaged, part in zip(average.module, ("transformer", "text_encoder"), strict=True):
                 averaged.save_pretrained(folder / part)
+
+    descend(course, trained.parameters(), losses, keep)
 
 
 def flow_loss(

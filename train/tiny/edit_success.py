@@ -42,16 +42,20 @@ _SHOWN = 2  # edits a kind
 MEASURES = {"EditSuccess": "success", "EditKept": "kept", "ocr": "OCR", "fidelity": "fidelity"}
 
 
-def table(report: Path) -> str:
-    """In Markdown, a line for each model and kind. Raises UserError for another report."""
+def read_models(report: Path, rows: Sequence[Row]) -> list[dict]:
+    """Of each model, the base first, what the report tells. Raises UserError for another report."""
     results = json.loads((report / RESULTS).read_text())
-    rows = load_rows(ROWS)
     if results["prompts"] != [row.prompt for row in rows]:
         raise UserError(f"{report} is no evaluation on {ROWS}: give the config, and an --output")
+    return results["rows"]
+
+
+def table(models: Sequence[dict], rows: Sequence[Row]) -> str:
+    """In Markdown, a line for each model and kind."""
     places = {kind: _places(rows, kind) for kind in KINDS}
     places["all"] = list(range(len(rows)))
-    base, lines = results["rows"][0]["scores"], []
-    for made in results["rows"]:
+    base, lines = models[0]["scores"], []
+    for made in models:
         for kind, own in places.items():
             cells = [_cell(made, base, name, own) for name in MEASURES if name in base]
             lines.append((made["model"], kind, *cells))
@@ -74,16 +78,14 @@ def _cell(made: dict, base: dict, name: str, places: Sequence[int]) -> str:
     return f"{found.mean:.3f} ({found.change:+.3f} [{low:+.3f}, {high:+.3f}])"
 
 
-def write_strip(report: Path) -> None:
+def write_strip(report: Path, models: Sequence[dict], rows: Sequence[Row]) -> None:
     """`report/edits.png`, made anew."""
-    rows = load_rows(ROWS)
-    made = json.loads((report / RESULTS).read_text())["rows"]
     chosen = [i for kind in KINDS for i in _places(rows, kind)[:_SHOWN]]
     pictures = []
     for nth in range(2):
         pictures += [_source(rows[i], nth) for i in chosen]
     pictures += [rows[i].picture("image") for i in chosen]
-    for model in (made[0], made[-1]):
+    for model in (models[0], models[-1]):
         each = len(model["images"]) // len(rows)
         pictures += [Image.open(report / model["images"][i * each]) for i in chosen]
     image_grid(pictures, len(chosen)).save(report / "edits.png", optimize=True)
@@ -109,8 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
         models = [word for path in asked.checkpoint for word in ("--checkpoint", path)]
         report = asked.output.resolve()
         duet("evaluate", asked.given.resolve(), *OVERRIDES, *models, "--output", report)
-    print(table(report))
-    write_strip(report)
+    rows = load_rows(ROWS)
+    models = read_models(report, rows)
+    print(table(models, rows))
+    write_strip(report, models, rows)
 
 
 if __name__ == "__main__":
