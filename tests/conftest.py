@@ -1,6 +1,7 @@
 """Shared parts: the shipped tiny model, loaded once, and small run configs."""
 
 import gc
+import json
 import os
 
 # tiny matrices gain nothing from threads, which spin where two workers share two cores;
@@ -33,6 +34,8 @@ LIGHT = (
     f"rewards=[{{name: fidelity, args: {{model: '{CLIP}', pretrained: null}}}},"
     " {name: duet.train.tiny.hackable.Sharpness, weight: 0.5}]"
 )
+# of the AR's: an edit writes 6 tokens, a text prompt 253
+SHORT = "data.train=configs/tiny/prompts/edits_train.jsonl"
 SAMPLING = SamplingConfig(height=64, width=96, num_inference_steps=6)
 SIZE = Size(64, 96)
 
@@ -64,6 +67,16 @@ def train(config: RunConfig) -> Path:
     """A run in this process, as if none had been before it."""
     AcceleratorState._reset_state(True)
     return loop.train(config)
+
+
+def held_out_edits(count: int) -> list[dict]:
+    """Rows of prompt and sources alone, for a file anywhere."""
+    folder = ROOT / "configs" / "tiny" / "prompts"
+    rows = map(json.loads, (folder / "edits_eval.jsonl").read_text().splitlines()[:count])
+    return [
+        {"prompt": row["prompt"], "sources": [str(folder / name) for name in row["sources"]]}
+        for row in rows
+    ]
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,7 +128,7 @@ def small_config(output: Path, stage: str, *overrides: str) -> RunConfig:
         "train.trackers=[]",
         "train.save_steps=1",
         "train.max_steps=2",
-        *([LIGHT] if stage == "decoder" else []),
+        LIGHT if stage == "decoder" else SHORT,
     ]
     return load_config(ROOT / "configs" / "tiny" / f"{stage}.yaml", [*small, *overrides])
 

@@ -19,9 +19,10 @@ from duet.configs.load import load_config
 from duet.train.checkpoint import complete_checkpoints, read_position, save_checkpoint
 from duet.train.lock import locked
 from duet.train.resume import find_start
-from tests.conftest import ROOT, train
+from tests.conftest import ROOT, SHORT, train
 
 SMALL = [
+    SHORT,
     "rollout.prompts_per_step=1",
     "rollout.num_generations=2",
     "optim.per_device_train_batch_size=2",

@@ -13,6 +13,7 @@ from duet.configs.load import load_config
 from tests.conftest import ROOT, train
 
 OVERRIDES = [
+    "data.train=configs/tiny/prompts/train.jsonl",
     "rollout.prompts_per_step=2",
     "rollout.num_generations=4",
     "optim.per_device_train_batch_size=4",

@@ -16,7 +16,7 @@ from duet.train.evaluation import evaluate
 from duet.train.held_out import evaluation_id, evaluation_metrics
 from duet.train.memory import phases, step_of
 from duet.train.signals import Stopped
-from tests.conftest import MODEL, ROOT, adapter_weights, train
+from tests.conftest import MODEL, ROOT, SHORT, adapter_weights, held_out_edits, train
 
 SHARP, DRAWS = "duet.train.tiny.hackable.Sharpness", "tests.sample_rewards.Draws"
 STAGES = (
@@ -29,7 +29,7 @@ EVERY = ["train.eval_steps=1", f"train.metric_for_best_model={SHARP.rpartition('
 
 def make(folder: Path, *overrides: str, stage: str = "both"):
     small = [
-        f"output_dir={folder}", "rollout.prompts_per_step=1", "rollout.num_generations=4",
+        f"output_dir={folder}", SHORT, "rollout.prompts_per_step=1", "rollout.num_generations=4",
         "rollout.batch_size=8", "rollout.priors=auto", "optim.per_device_train_batch_size=4", "train.trackers=[]",
         "optim.lr_scheduler_type=constant", "sampling.num_inference_steps=4", STAGES,
         f"train.max_steps={STEPS}", f"train.save_steps={STEPS}", "eval.images_per_prompt=2",
@@ -63,9 +63,8 @@ def same(one: Path, other: Path) -> bool:
 def runs(tmp_path_factory):
     """The same run without evaluations, with them, and stopped within the second one."""
     folder = tmp_path_factory.mktemp("selection")
-    rows = (ROOT / "configs" / "tiny" / "prompts" / "eval.jsonl").read_text().splitlines()[:3]
-    kept = [{k: v for k, v in json.loads(row).items() if k != "image"} for row in rows]
-    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    held_out = "".join(json.dumps(row) + "\n" for row in held_out_edits(3))
+    (folder / "eval.jsonl").write_text(held_out)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         train(make(folder / "plain"))

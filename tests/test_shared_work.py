@@ -17,9 +17,9 @@ from duet.inference.parts import PARTS
 from duet.inference.request import Request
 from duet.train import evaluate
 from tests import forked
-from tests.conftest import MODEL, ROOT, SIZE
+from tests.conftest import MODEL, ROOT, SIZE, held_out_edits
 
-PICTURES = {"found": 21, "drawn": 10}  # of evaluations before_after.png too
+PICTURES = {"found": 27, "drawn": 10}  # of evaluations the sources and before_after.png too
 MAINS = {"generate": generate.main, "evaluate": evaluate.main}
 TINY = str(ROOT / "configs" / "tiny" / "decoder.yaml")
 REWARDS = (
@@ -28,9 +28,7 @@ REWARDS = (
 
 
 def write_rows(path: Path, count: int) -> Path:
-    lines = (ROOT / "configs/tiny/prompts/eval.jsonl").read_text().splitlines()[:count]
-    rows = [{k: v for k, v in json.loads(line).items() if k != "image"} for line in lines]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in held_out_edits(count)))
     return path
 
 

@@ -39,7 +39,7 @@ from duet.train.stages import STAGES as MADE
 from duet.train.stages import Stage
 from duet.train.tiny.gaps import SHIPPED
 from duet.train.tuning import Full, Lora, Tuning
-from tests.conftest import MODEL, ROOT, SAMPLING, SIZE, train
+from tests.conftest import MODEL, ROOT, SAMPLING, SIZE, held_out_edits, train
 
 STAGES = ["ar", "decoder"]
 STOCK = {"ar": GlmImageForConditionalGeneration, "decoder": GlmImageTransformer2DModel}
@@ -51,7 +51,7 @@ FULL = [
     "average={decay: 0.5, start: 0}",
 ]
 OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1e9)
-PROMPT = 'a red card with the white word "CAT"'
+[EDIT] = held_out_edits(1)  # of which the AR writes 6 tokens
 
 
 def metrics(run: Path) -> list[dict]:
@@ -100,7 +100,7 @@ class Bench:
 def bench(request, pipeline):
     config = load_config(ROOT / "configs" / "tiny" / f"{request.param}.yaml")
     made = MADE[request.param](Engine(pipeline, SAMPLING, config.sde, progress=False), config)
-    groups = draw_groups([Row({"prompt": PROMPT})], 0, 0, 1, 2)
+    groups = draw_groups([Row(EDIT)], 0, 0, 1, 2)
     with torch.no_grad():
         rollouts = made.engine.rollout(made.requests(groups), range(1, 3))
     return Bench(made, rollouts)
@@ -291,7 +291,8 @@ def test_stock_loads_the_weights_and_the_average(trained):
 
 def pictures(pipeline, autocast) -> list:
     made = Engine(pipeline, SAMPLING, autocast=autocast, progress=False)
-    rollout = made.rollout([Request(PROMPT, (1, 2), SIZE)], range(1, 2))[0]
+    asked = Request(EDIT["prompt"], (1, 2), SIZE, Row(EDIT).sources)
+    [rollout] = made.rollout([asked], range(1, 2))
     return [*map(np.asarray, rollout.images), rollout.tokens.logprobs, rollout.latents.logprobs]
 
 
@@ -338,11 +339,11 @@ def test_generate_and_evaluate_take_the_average(trained, small_run, tmp_path):
         "its folder": [f"{checkpoint}/average"],
     }.items():
         common = ["--model", str(MODEL), "--steps", "2", "--output", str(tmp_path / name)]
-        list(generate(parse([*common, "--adapter", *asked]), [Row({"prompt": PROMPT})]))
+        list(generate(parse([*common, "--adapter", *asked]), [Row(EDIT)]))
         made[name] = files(tmp_path / name)
     assert made["average"] == made["its folder"] != made["trained"]
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    rows.write_text(json.dumps(EDIT) + "\n")
     sharp = "rewards=[{name: duet.train.tiny.hackable.Sharpness}]"
     common = [f"data.eval={rows}", sharp, "eval.rewards=[]", "eval.images_per_prompt=1"]
     config = config_of(small_run, stage, precision, run, *common)

@@ -242,6 +242,8 @@ def _policy(asked: _Asked, stage: Stage, empty: bool) -> Policy:
 
 # torch's new name for it means something else, and accelerate passes on the old one alone
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+# asked for on purpose, see below
+warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -257,6 +259,10 @@ def _accelerator(config: RunConfig) -> Accelerator:
             cpu=on_cpu,
             step_scheduler_with_optimizer=False,
             # glyph lengths and sources differ, so processes may run unequal numbers of forwards:
-            # none may wait in one for the others' buffers, which no forward changes
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            # none may wait in one for the others' buffers, which no forward changes. Unless DDP
+            # looks for unused parameters it sorts its buckets anew after the first update: three
+            # processes and more then add up in another order than those of a resumed run
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+            ],
         )

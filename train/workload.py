@@ -61,7 +61,8 @@ class Subject:
             else:
                 lora = self.lora
                 names, dropout = lora.target_modules, lora.dropout
-                add_adapter(module, self.part, lora.rank, lora.alpha, names, dropout)
+                with torch.device("meta"):  # fresh values would be drawn for nothing
+                    add_adapter(module, self.part, lora.rank, lora.alpha, names, dropout)
             if self.recomputed:
                 recompute_blocks(module, self.part.block)
         return module

@@ -16,7 +16,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -39,6 +40,7 @@ from duet.train.environment import sharding_engine
 from duet.train.learn import learn
 from duet.train.run import Training
 from duet.train.setup import prepare
+from duet.train.sharding import Sharding
 from duet.train.state import load_state
 from duet.train.tiny.double_precision import in_double_precision
 from duet.train.tiny.gaps import SHIPPED
@@ -50,6 +52,7 @@ CASES = (
     "decoder-lora-edits",
     "decoder-full",
     "ar-lora",
+    "ar-lora-edits",
     "ar-full",
     "decoder-lora-bf16",
     "ar-lora-bf16",
@@ -59,7 +62,9 @@ _RATES = {"decoder-lora": 10, "decoder-full": 30, "ar-lora": 0.01, "ar-full": 0.
 _SAMPLES = 2  # of a prompt; one batch each in sampling, whatever the processes
 # drawn in this order; of two processes the second one has glyphs of two lengths
 _WORDS = ("CAT", "PEN", "DOG", "HELLO")
-_SOURCES = (0, 1, 2, 1)  # of the prompts that edit; with two processes the second one has more
+# of the prompts that edit; with two processes the second one has more. The AR's all have some: a
+# prompt without writes 253 tokens, an edit 6
+_SOURCES = {"decoder": (0, 1, 2, 1), "ar": (1, 1, 2, 1)}
 _ORDER = np.random.default_rng([0, 0]).permutation(len(_WORDS))
 _COMMON = (
     f"rollout.prompts_per_step={len(_WORDS)}",
@@ -103,12 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(case: str, folder: Path, begun: Path, *overrides: str) -> dict[str, float | str | bool]:
-    whole = _prepare(case, folder / "adam", 2 * _SAMPLES, *overrides)
+    with _noting_what_is_spread() as empty:
+        whole = _prepare(case, folder / "adam", 2 * _SAMPLES, *overrides)
     policy = whole.at(0).policy
     _step(whole, 0)
     measured = {
         "engine": sharding_engine(),
         "processes": PartialState().num_processes,
+        "began_empty": all(gather_object(empty)),
         "weights": sum(value.numel() for value in policy.held),
         "moments": sum(moment.numel() for moment in policy.sharding.moments()),
     }
@@ -122,6 +129,19 @@ def measure(case: str, folder: Path, begun: Path, *overrides: str) -> dict[str, 
     adapters = f"model.adapters=[{begun}/adam/checkpoint-1]"
     _three_of_sgd(case, folder / "sgd", adapters, *overrides)
     return measured
+
+
+@contextmanager
+def _noting_what_is_spread() -> Iterator[list[bool]]:
+    """Had the module no weights yet?"""
+    empty, true = [], Sharding.__init__
+
+    def spread(self, accelerator, module, block) -> None:
+        empty.append(all(p.is_meta for p in module.parameters()))
+        true(self, accelerator, module, block)
+
+    with mock.patch.object(Sharding, "__init__", spread):
+        yield empty
 
 
 def _three_of_sgd(case: str, output: Path, *overrides: str) -> None:
@@ -190,7 +210,7 @@ def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
         f"optim.per_device_train_batch_size={batch}",
         f"optim.gradient_accumulation_steps={own // batch}",
     ]
-    rows = output.parents[1] / ("edits.jsonl" if "edits" in more else "rows.jsonl")
+    rows = output.parents[1] / (_edits(stage) if "edits" in more else "rows.jsonl")
     given = [
         *_COMMON,
         *(SHIPPED if "bf16" in more else []),
@@ -206,18 +226,24 @@ def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
 
 def write_rows(folder: Path) -> None:
     """What the runs are trained on. Before they start."""
-    rows, edits = [""] * len(_WORDS), [""] * len(_WORDS)
-    for place, word, count in zip(_ORDER, _WORDS, _SOURCES, strict=True):
-        # encoded to the decoder's prior: the AR would take a third of the time
-        row = {"prompt": f'a red card with the white word "{word}"', "image": "card.png"}
-        edit = row | ({"sources": ["card.png", "large.png"][:count]} if count else {})
-        rows[place], edits[place] = json.dumps(row), json.dumps(edit)
     folder.mkdir(parents=True)
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    (folder / "edits.jsonl").write_text("\n".join(edits))
+    files = {"rows.jsonl": (0,) * len(_WORDS)}
+    files |= {_edits(stage): counts for stage, counts in _SOURCES.items()}
+    for name, counts in files.items():
+        rows = [""] * len(_WORDS)
+        for place, word, count in zip(_ORDER, _WORDS, counts, strict=True):
+            # encoded to the decoder's prior: the AR would take a third of the time
+            row = {"prompt": f'a red card with the white word "{word}"', "image": "card.png"}
+            sources = {"sources": ["card.png", "large.png"][:count]} if count else {}
+            rows[place] = json.dumps(row | sources)
+        (folder / name).write_text("\n".join(rows))
     card = sample_card(random.Random(0))
     draw(card).save(folder / "card.png")
     draw(card, 1.5).save(folder / "large.png")
+
+
+def _edits(stage: str) -> str:
+    return f"edits-{stage}.jsonl"
 
 
 def _forget() -> None:
