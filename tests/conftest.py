@@ -8,6 +8,7 @@ import os
 # set, not defaulted: workers inherit what the process that starts them has set
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,8 @@ _LONG = (
 def pytest_configure(config):
     # xdist would begin the files of most tests first, and those of few long ones last
     config.option.loadscopereorder = False
+    # a shell's background job ignores it, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
