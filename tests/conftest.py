@@ -3,12 +3,12 @@
 import gc
 import json
 import os
+import signal
 
 # tiny matrices gain nothing from threads, which spin where two workers share two cores;
 # set, not defaulted: workers inherit what the process that starts them has set
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -73,11 +73,12 @@ def train(config: RunConfig) -> Path:
 
 
 def held_out_edits(count: int) -> list[dict]:
-    """Rows of prompt and sources alone, for a file anywhere."""
+    """Rows for a file anywhere: of their pictures the sources alone."""
     folder = ROOT / "configs" / "tiny" / "prompts"
     rows = map(json.loads, (folder / "edits_eval.jsonl").read_text().splitlines()[:count])
+    kept = ("prompt", "edit")
     return [
-        {"prompt": row["prompt"], "sources": [str(folder / name) for name in row["sources"]]}
+        {name: row[name] for name in kept} | {"sources": [str(folder / s) for s in row["sources"]]}
         for row in rows
     ]
 

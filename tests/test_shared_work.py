@@ -1,6 +1,8 @@
 """Evaluation and `generate` on two processes: the files of one, each picture once, one end."""
 
 import json
+import math
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,7 @@ from tests.conftest import MODEL, ROOT, SIZE, held_out_edits
 PICTURES = {"found": 27, "drawn": 10}  # of evaluations the sources and before_after.png too
 MAINS = {"generate": generate.main, "evaluate": evaluate.main}
 TINY = str(ROOT / "configs" / "tiny" / "decoder.yaml")
-REWARDS = (
-    "{name: duet.train.tiny.hackable.Sharpness}, {name: duet.train.tiny.obedience.ColourObedience}"
-)
-
-
-def write_rows(path: Path, count: int) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in held_out_edits(count)))
-    return path
+REWARDS = "{name: duet.train.tiny.hackable.Sharpness}, {name: duet.train.tiny.obedience.EditKept}"
 
 
 def write_average(folder: Path) -> None:
@@ -76,7 +71,8 @@ def asked(inputs: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
 def shared(tmp_path_factory):
     """What two processes made of the commands, in `two`; beside what one did, in `alone`."""
     folder = tmp_path_factory.mktemp("shared")
-    write_rows(folder / "five.jsonl", 5)
+    rows = "".join(json.dumps(row) + "\n" for row in held_out_edits(5))
+    (folder / "five.jsonl").write_text(rows)
     write_average(folder / "both")
     commands = asked(folder, folder / "two")
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
@@ -106,6 +102,14 @@ def test_two_processes_write_the_files_of_one(shared, name):
     ours, theirs = contents(folder / "two" / name), contents(folder / "alone" / name)
     assert len([path for path in ours if path.endswith(".png")]) == PICTURES[name]
     assert ours == theirs
+
+
+def test_both_rewards_score_what_is_compared(shared):
+    told = json.loads((shared[0] / "two" / "found" / "results.json").read_text())
+    for model in told["rows"]:
+        assert model["scores"].keys() == {"Sharpness", "EditKept"}
+        for prompts in model["scores"].values():
+            assert all(map(math.isfinite, chain.from_iterable(prompts)))
 
 
 def test_a_process_prints_whole_lines_and_the_main_one_what_is_once(shared):
