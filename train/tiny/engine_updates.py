@@ -227,9 +227,8 @@ def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
 def write_rows(folder: Path) -> None:
     """What the runs are trained on. Before they start."""
     folder.mkdir(parents=True)
-    files = {"rows.jsonl": (0,) * len(_WORDS)}
-    files |= {_edits(stage): counts for stage, counts in _SOURCES.items()}
-    for name, counts in files.items():
+    edits = {_edits(stage): counts for stage, counts in _SOURCES.items()}
+    for name, counts in {"rows.jsonl": (0,) * len(_WORDS), **edits}.items():
         rows = [""] * len(_WORDS)
         for place, word, count in zip(_ORDER, _WORDS, counts, strict=True):
             # encoded to the decoder's prior: the AR would take a third of the time

@@ -53,6 +53,7 @@ class Line:
     resumed: bool  # to the bit
     skipped: bool  # an update whose loss was not finite on one process
     refused: bool  # a file of the checkpoint that would run code
+    began_empty: bool  # no process ever had all weights of the trained part
     held: float  # trained weights that a process holds
     moments_held: float
     seconds: float
@@ -131,6 +132,7 @@ def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:
         and distance(moments(whole), moments(resumed)) == 0,
         told["skipped"],
         told["refused"],
+        told["began_empty"],
         told["weights"] / one["weights"],
         told["moments"] / one["moments"],
         told["seconds"],
