@@ -5,7 +5,7 @@ OUT ?= runs/$@-$(SEED)
 SEED ?= 0
 CONFIGS := configs/tiny
 
-.PHONY: install test quickstart reproduce
+.PHONY: install test quickstart reproduce edits
 
 install: $(VENV)/installed
 
@@ -28,6 +28,17 @@ endef
 
 quickstart: install
 	$(call pipeline,40,45)
+	$(RUN) -m duet.inference.generate --model $(CONFIGS)/model --output $(OUT)/edit \
+	  --adapter $(OUT)/ar/checkpoint-45 --adapter $(OUT)/decoder/checkpoint-40 \
+	  --image $(CONFIGS)/prompts/edits_eval/000-source0.png --prompt "make the square teal"
 
 reproduce: install
 	$(call pipeline,250,180)
+
+# both stages on edits, then held-out edits kind by kind
+edits: install
+	$(RUN) -m duet.train $(CONFIGS)/edits_decoder.yaml seed=$(SEED) output_dir=$(OUT)/decoder train.resume=latest
+	$(RUN) -m duet.train $(CONFIGS)/edits_ar.yaml seed=$(SEED) output_dir=$(OUT)/ar train.resume=latest
+	$(RUN) -m duet.train.tiny.edit_success $(CONFIGS)/edits_ar.yaml --output $(OUT)/report \
+	  --checkpoint $(OUT)/decoder/checkpoint-60 --checkpoint $(OUT)/ar/checkpoint-60 \
+	  --checkpoint $(OUT)/ar/checkpoint-60,$(OUT)/decoder/checkpoint-60

@@ -113,18 +113,29 @@ def test_the_real_checkpoints_command_is_a_run_that_could_start():
     assert ours.optim.adam_epsilon < tiny.optim.adam_epsilon
 
 
-@pytest.mark.parametrize("target", [c[1] for c in commands() if c[0] == "make"] + ["reproduce"])
+COMMANDS_OF = {"test": 0, "quickstart": 4, "reproduce": 3, "edits": 3}
+
+
+@pytest.mark.parametrize("target", COMMANDS_OF)
 def test_make_knows_its_targets_and_their_configs(target, tmp_path):
     """Each line of the recipe is a command whose config and overrides are read."""
     # `install` counts as done: its file is newer than pyproject.toml
     asked = ["make", "--dry-run", "--assume-old=.venv/installed", target]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
     recipe = done.stdout.replace("\\\n", " ").splitlines()
-    modules = [line.split() for line in recipe if " -m duet." in line]
-    assert len(modules) == (0 if target == "test" else 3)
-    for _, _, module, config, *rest in modules:
-        assert module in MAINS
-        load_config(ROOT / config, [word for word in rest if "=" in word])
+    modules = [shlex.split(line) for line in recipe if " -m duet." in line]
+    assert len(modules) == COMMANDS_OF[target]
+    for _, _, module, *words in modules:
+        if module == "duet.inference.generate":
+            asked = generate.parse(words)
+            assert all(Path(ROOT, picture).is_file() for picture in asked.image)
+            continue
+        assert module in {*MAINS, "duet.train.tiny.edit_success"}
+        load_config(ROOT / words[0], [word for word in words[1:] if "=" in word])
+
+
+def test_the_page_names_the_targets_of_make():
+    assert {c[1] for c in commands() if c[0] == "make"} <= COMMANDS_OF.keys()
 
 
 def test_stock_libraries_load_the_adapters_as_the_page_says(folder):

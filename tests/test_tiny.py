@@ -105,7 +105,7 @@ def test_the_first_and_the_last_stage_of_the_model_run_on_fresh_parts(tmp_path, 
     """What a rebuild meets, and no shipped file: parts that nothing has been saved of."""
     monkeypatch.setattr(pretrain, "MODEL", tmp_path)
     pretrain.build_codebook(cards=80, styled=40, iterations=1)
-    ar_pretraining.train_ar(tmp_path, cards=4, edits=8, steps=(2, 2))
+    ar_pretraining.train_ar(tmp_path, cards=4, edits=8, steps=(2,) * 3)
     rebuilt = GlmImagePipeline.from_pretrained(tmp_path)
     config = rebuilt.vision_language_encoder.generation_config
     assert (config.do_sample, config.temperature, config.top_p) == (True, 1.0, 0.9)

@@ -1,8 +1,9 @@
 """Pretraining of the tiny AR, on text and edits together."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from duet.inference.request import Request
 from duet.train.tiny.codes import image_codes
 from duet.train.tiny.descent import Course, descend
 from duet.train.tiny.edits import KINDS, mistaken, sample_edit
+from duet.train.tiny.parts import replace_weights
 from duet.train.tiny.scenes import draw_scene
 from duet.train.tiny.world import (
     HEIGHT_PIXELS,
@@ -40,59 +42,69 @@ CAPTION_NOISE = 0.35
 MISTAKES = {"edit": 0.4, "style": 0.4, "subjects": 0.35, "identity": 0.35}
 # Of an edit's tokens those of the word count less: the decoder reads letters off its sources.
 _EDIT_WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
-_SAVE_STEPS = 300
+# The rows of a preview that tell where its shapes stand and their colours.
+_FIRST_ROWS = 4
 
 
 def train_ar(
     model_folder: Path,
     seed: int = 1,
-    cards: int = 4000,
-    edits: int = 6000,
-    steps: tuple[int, int] = (3000, 2000),
+    cards: int = 12000,
+    edits: int = 8000,
+    steps: tuple[int, int, int] = (700, 2000, 1500),
 ) -> None:
-    """Teacher forcing: on edits alone, which are right, then on cards and edits with mistakes.
+    """Teacher forcing, by three courses of so many `steps`: beginnings of previews, then edits that
+    are right with some beginnings, then whole cards and edits with mistakes.
 
-    Where a token's source stands is learnt slowly, for its distance varies with the prompt's
-    length; an edit has a seventh of a card's tokens, so that many steps of them are cheap.
+    A beginning has a third of a card's tokens, an edit a seventh: what captions say and where a
+    source's tokens stand is learnt from many of them, before the long sequences. Others may read
+    the folder meanwhile.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     pipeline = GlmImagePipeline.from_pretrained(model_folder)
     model = pipeline.vision_language_encoder
-    edit_pool = _edit_pool(pipeline, rng, edits)
     card_pool = _card_pool(pipeline, rng, cards)
-    folder = model_folder / "vision_language_encoder"
+    edit_pool = _edit_pool(pipeline, rng, edits)
 
-    def of_edits() -> dict[str, Tensor]:
-        return {"loss": _edit_loss(model, rng.choices(edit_pool, k=64), rng, noised=False)}
+    def of_cards(count: int, codes: int) -> Tensor:
+        return _card_loss(pipeline, rng.choices(card_pool, k=count), rng, codes)
 
-    def of_both() -> dict[str, Tensor]:
-        cards = _card_loss(pipeline, rng.choices(card_pool, k=32), rng)
-        edited = _edit_loss(model, rng.choices(edit_pool, k=16), rng, noised=True)
-        return {"loss": cards + edited, "cards": cards, "edits": edited}
+    def of_edits(count: int, noised: bool) -> Tensor:
+        return _edit_loss(model, rng.choices(edit_pool, k=count), rng, noised)
 
-    def save(step: int) -> None:
-        if (step + 1) % _SAVE_STEPS == 0:  # what can be judged before the end
-            model.save_pretrained(folder)
-
+    first, whole = _FIRST_ROWS * GRIDS[0].width, sum(grid.count for grid in GRIDS)
+    courses = (
+        lambda: {"cards": of_cards(48, first)},
+        lambda: {"cards": of_cards(12, first), "edits": of_edits(56, noised=False)},
+        lambda: {
+            "cards": of_cards(24, first) + of_cards(16, whole),
+            "edits": 0.3 * of_edits(16, noised=True),  # of a few tokens, each weighs much
+        },
+    )
     model.train()
     trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    descend(Course("AR edits", 2e-3, steps[0], weight_decay=0.01), trained, of_edits, save)
-    descend(Course("AR", 2e-3, steps[1], weight_decay=0.01), trained, of_both, save)
+    for count, parts_of in zip(steps, courses, strict=True):
+        descend(Course("AR", 2e-3, count, weight_decay=0.01), trained, partial(_summed, parts_of))
     # what `duet.inference.generate` takes when nothing else is said
     model.generation_config.update(do_sample=True, temperature=1.0, top_p=0.9)
-    model.eval().save_pretrained(folder)
+    replace_weights(model.eval(), model_folder / "vision_language_encoder")
+
+
+def _summed(parts_of: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    parts = parts_of()
+    return {"loss": sum(parts.values())} | parts
 
 
 def _card_loss(
-    pipeline: GlmImagePipeline, drawn: list[tuple[Card, Tensor]], rng: random.Random
+    pipeline: GlmImagePipeline, drawn: list[tuple[Card, Tensor]], rng: random.Random, count: int
 ) -> Tensor:
-    """On preview and large grid, with colour words noised."""
+    """On the first codes of preview and large grid, with colour words noised."""
     captions = [training_caption(card, rng, CAPTION_NOISE) for card, _ in drawn]
     asked = [text_prompt(pipeline.processor, Request(c, (0,), SIZE)) for c in captions]
-    codes = torch.stack([codes for _, codes in drawn])
+    codes = torch.stack([codes[:count] for _, codes in drawn])
     losses = token_losses(pipeline.vision_language_encoder, asked, codes)
-    return _weighed(losses, _card_weights())
+    return _weighed(losses, _card_weights()[:count])
 
 
 def _edit_loss(model: Module, drawn: list["_Edited"], rng: random.Random, noised: bool) -> Tensor:
@@ -110,12 +122,13 @@ def _weighed(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 def token_losses(model: Module, prompts: list[Prompt], codes: Tensor) -> Tensor:
-    """Cross-entropy of visual tokens [B, T] behind prompts of the same grids: [B, T]."""
+    """Cross-entropy of the first visual tokens [B, T] behind prompts of the same grids: [B, T]."""
     read = PromptBatch.of(prompts, model.config.text_config.pad_token_id, codes.device)
+    ids = torch.cat([read.ids, codes], dim=-1)[:, :-1]
     output = model(
-        input_ids=torch.cat([read.ids, codes], dim=-1)[:, :-1],
+        input_ids=ids,
         attention_mask=read.seen(codes.shape[1] - 1),
-        position_ids=read.positions[..., :-1],
+        position_ids=read.positions[..., : ids.shape[1]],
         logits_to_keep=codes.shape[1],
     )
     return F.cross_entropy(output.logits.transpose(1, 2), codes, reduction="none")
@@ -164,7 +177,6 @@ def _card_weights() -> Tensor:
     """Loss weights [T]: tokens that decide colours count most, the preview's letters least."""
     preview, large = GRIDS
     rows = torch.ones(preview.height, preview.width)
+    rows[:_FIRST_ROWS] = 4.0
     rows[preview.height // 2 :] = 0.1  # the word stands in the lower half
-    weights = torch.cat([rows.flatten(), torch.full((large.count,), 20.0)])
-    weights[0] = 20.0  # the first token tells the background
-    return weights
+    return torch.cat([rows.flatten(), torch.full((large.count,), 20.0)])

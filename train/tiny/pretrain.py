@@ -1,14 +1,17 @@
 """Build and pretrain `configs/tiny/model`: python -m duet.train.tiny.pretrain [STAGE ...]
 
-Seeded. Without arguments every stage runs in order; a stage reads what the
-stages before it wrote, so any one can be repeated by name.
+Seeded. Without arguments every stage runs, the AR beside the others, on a core each; a stage reads
+what the stages before it wrote, so any one can be repeated by name.
 """
 
 import argparse
 import json
 import os
 import random
+import subprocess
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -115,6 +118,29 @@ STAGES = {
     "prompts": write_prompts,
     "edits": lambda: edit_rows.write_edits(PROMPTS),
 }
+_BESIDE = "ar"
+
+
+def _run(names: Iterable[str]) -> None:
+    for name in names:
+        start = time.perf_counter()
+        STAGES[name]()
+        print(f"{name}: {time.perf_counter() - start:.0f} seconds", flush=True)
+
+
+def _run_all() -> None:
+    """The AR learns beside the decoder's parts: they read of it what it does not change."""
+    first, *others = [name for name in STAGES if name != _BESIDE]
+    _run([first])
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    beside = subprocess.Popen([sys.executable, "-m", __spec__.name, _BESIDE], env=one_thread)
+    try:
+        _run(others)
+    except BaseException:
+        beside.terminate()
+        raise
+    if status := beside.wait():
+        raise SystemExit(status)
 
 
 def main() -> None:
@@ -122,15 +148,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all in order if none")
-    names = parser.parse_args().stages or list(STAGES)
+    names = parser.parse_args().stages
     unknown = set(names) - set(STAGES)
     if unknown:
         parser.error(f"unknown stage {sorted(unknown)}: allowed are {', '.join(STAGES)}")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    for name in names:
-        start = time.perf_counter()
-        STAGES[name]()
-        print(f"{name}: {time.perf_counter() - start:.0f} seconds")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2" if names else "1")))
+    if names:
+        _run(names)
+    else:
+        _run_all()
     print(f"{MODEL}: {size_mib(MODEL):.1f} MiB; judges {size_mib(JUDGES):.1f} MiB")
 
 
