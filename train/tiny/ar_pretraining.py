@@ -37,7 +37,7 @@ _PREVIEW_SIZE = GRIDS[0].width * 32, GRIDS[0].height * 32
 
 # A colour word of a pretraining caption is wrong this often, as captions of the
 # web are: what the AR learns is the share of colours that it obeys.
-CAPTION_NOISE = 0.35
+CAPTION_NOISE = 0.3
 # So often an edit of pretraining is not what its prompt says.
 MISTAKES = {"edit": 0.4, "style": 0.4, "subjects": 0.35, "identity": 0.35}
 # Of an edit's tokens those of the word count less: the decoder reads letters off its sources.
