@@ -53,7 +53,7 @@ def edits() -> list[Edit]:
 
 @pytest.fixture(scope="module")
 def edit_rows():
-    return {name: load_rows(PROMPTS / f"edits_{name}.jsonl") for name in ("train", "eval")}
+    return {name: load_rows(PROMPTS / f"edits_{name}.jsonl") for name in ("train", "words", "eval")}
 
 
 def scored(picture, edit: Edit):
@@ -71,7 +71,9 @@ def pairs(card: Card) -> list[tuple[str, str]]:
 def test_words_pairs_emblems_and_sources_of_evaluation_never_occur_in_training(edit_rows):
     rng = random.Random(1)
     pretraining = [sample_edit(kind, rng, any_pair=True) for kind in KINDS for _ in range(400)]
-    prompts = [edit.prompt for edit in pretraining] + [row.prompt for row in edit_rows["train"]]
+    prompts = [edit.prompt for edit in pretraining] + [
+        row.prompt for name in ("train", "words") for row in edit_rows[name]
+    ]
     assert not any(is_held_out_word(word) for p in prompts for word in quoted_spans(p))
     training = [sample_edit(kind, rng) for kind in KINDS for _ in range(100)]
     held_out = [sample_edit(kind, rng, held_out=True) for kind in KINDS for _ in range(100)]
@@ -83,7 +85,7 @@ def test_words_pairs_emblems_and_sources_of_evaluation_never_occur_in_training(e
         for edit in edits:
             assert edit.kind != "subjects" or is_held_out_sources(*edit.sources) == out
             assert edit.kind != "identity" or is_held_out_emblem(edit.wanted.emblem.cells) == out
-    for name, out in (("train", False), ("eval", True)):
+    for name, out in (("train", False), ("words", False), ("eval", True)):
         for row in edit_rows[name]:
             wanted = wanted_of(row)
             assert is_held_out_word(wanted.card.word) == out == is_held_out_word(row["text"])
@@ -92,8 +94,10 @@ def test_words_pairs_emblems_and_sources_of_evaluation_never_occur_in_training(e
 
 
 def test_the_rows_hold_as_many_of_each_kind_and_show_what_they_say(edit_rows):
-    for rows, count in ((edit_rows["train"], 40), (edit_rows["eval"], 24)):
-        assert [sum(row["kind"] == kind for row in rows) for kind in KINDS] == [count] * 4
+    assert all(row["edit"]["asked"] == [WORD] for row in edit_rows["words"][1::2])
+    counts = {"train": [40] * 4, "words": [60, 12, 12, 12], "eval": [24] * 4}
+    for name, rows in edit_rows.items():
+        assert [sum(row["kind"] == kind for row in rows) for kind in KINDS] == counts[name]
         for row in rows[:12]:
             shown = draw_scene(wanted_of(row))
             assert np.array_equal(np.asarray(shown), np.asarray(row.picture("image")))

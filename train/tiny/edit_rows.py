@@ -1,4 +1,5 @@
-"""Rows of edits, with their pictures: `edits_train.jsonl` and `edits_eval.jsonl`.
+"""Rows of edits, with their pictures: `edits_train.jsonl`, `edits_eval.jsonl` and, for training of
+the decoder, `edits_words.jsonl`: every second one changes the word.
 
 prompt, kind, text      the last: the word that the wanted result shows
 sources, image          pictures; `image` is the wanted result
@@ -11,6 +12,7 @@ edit                    the wanted scene and the regions asked for, as `edit_mea
 
 import json
 import random
+from itertools import cycle
 from pathlib import Path
 
 from duet.train.tiny.drawing import BLOCK_PIXELS, HEIGHT_PIXELS, SLOT_PIXELS, WIDTH_PIXELS
@@ -18,26 +20,32 @@ from duet.train.tiny.edits import BACKGROUND, KINDS, WORD, Edit, change_style_to
 from duet.train.tiny.scenes import Scene, box_in_block, draw_scene
 from duet.train.tiny.world import PLACES, Card
 
-_COUNTS = {"train": 160, "eval": 96}
+_COUNTS = {"train": 160, "eval": 96, "words": 96}
+_MIXED = [each for kind in KINDS for each in (kind, WORD)]
 _EDGE = 3  # pixels into which resampling carries the ground
 _CORE_PIXELS = 3, 5  # half the width and height that lie within every shape, also in outline
 
 
 def write_edits(folder: Path, seed: int = 7) -> None:
-    """As many rows of each kind in turn; those of evaluation are held out."""
+    """Of each file's kinds one after another, again and again; those of evaluation are held out."""
     for name, count in _COUNTS.items():
-        rng, kinds = random.Random(f"{seed}/edits/{name}"), list(KINDS)
+        rng, held_out = random.Random(f"{seed}/edits/{name}"), name == "eval"
         rows = []
-        for place in range(count):
-            kind = kinds[place % len(kinds)]
-            rows.append(_row(folder, f"edits_{name}/{place:03d}", kind, rng, name == "eval"))
+        for place, kind in zip(range(count), cycle(_MIXED if name == "words" else KINDS)):
+            edit = _changed_word(rng) if kind == WORD else sample_edit(kind, rng, held_out)
+            rows.append(_row(folder, f"edits_{name}/{place:03d}", edit, rng, held_out))
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"edits_{name}.jsonl").write_text(lines)
 
 
-def _row(folder: Path, stem: str, kind: str, rng: random.Random, held_out: bool) -> dict:
-    edit = sample_edit(kind, rng, held_out)
-    row = {"prompt": edit.prompt, "kind": kind, "text": edit.wanted.card.word}
+def _changed_word(rng: random.Random) -> Edit:
+    while (edit := sample_edit("edit", rng)).asked != (WORD,):
+        pass
+    return edit
+
+
+def _row(folder: Path, stem: str, edit: Edit, rng: random.Random, held_out: bool) -> dict:
+    kind, row = edit.kind, {"prompt": edit.prompt, "kind": edit.kind, "text": edit.wanted.card.word}
     row["sources"] = [
         _saved(scene, folder, f"{stem}-source{i}") for i, scene in enumerate(edit.sources)
     ]
