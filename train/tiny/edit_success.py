@@ -25,7 +25,7 @@ from duet.train.log import image_grid
 from duet.train.results import BASE, RESULTS
 from duet.train.statistics import summarise
 from duet.train.tiny.comparison import CONFIGS, duet
-from duet.train.tiny.edits import KINDS
+from duet.train.tiny.edits import KINDS, WORD
 from duet.train.tiny.world import HEIGHT_PIXELS, WIDTH_PIXELS
 
 ROWS = CONFIGS / "prompts" / "edits_eval.jsonl"
@@ -51,8 +51,9 @@ def read_models(report: Path, rows: Sequence[Row]) -> list[dict]:
 
 
 def table(models: Sequence[dict], rows: Sequence[Row]) -> str:
-    """In Markdown, a line for each model and kind."""
+    """In Markdown, a line for each model and kind, and for the edits that change the word."""
     places = {kind: _places(rows, kind) for kind in KINDS}
+    places["changed word"] = [i for i, row in enumerate(rows) if row["edit"]["asked"] == [WORD]]
     places["all"] = list(range(len(rows)))
     base, lines = models[0]["scores"], []
     for made in models:
