@@ -22,7 +22,7 @@ from duet.train.resume import find_start
 from tests.conftest import ROOT, SHORT, train
 
 SMALL = [
-    SHORT,
+    *SHORT,
     "rollout.prompts_per_step=1",
     "rollout.num_generations=2",
     "optim.per_device_train_batch_size=2",

@@ -14,6 +14,7 @@ from tests.conftest import ROOT, train
 
 OVERRIDES = [
     "data.train=configs/tiny/prompts/train.jsonl",
+    "sampling.temperature=1",
     "rollout.prompts_per_step=2",
     "rollout.num_generations=4",
     "optim.per_device_train_batch_size=4",

@@ -124,7 +124,7 @@ def test_a_window_step_by_step_gives_the_gradient_of_all_at_once(loss_type):
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, parameter in bench.module.named_parameters():
         if name in expected:
-            assert torch.allclose(parameter.grad, expected[name], rtol=0, atol=1e-6 * largest)
+            assert torch.allclose(parameter.grad, expected[name], rtol=0, atol=2e-6 * largest)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_two_processes_give_the_update_of_one(small_run, stage, tmp_path):
     """
     one, two = tmp_path / "one", tmp_path / "two"
     own = [f"rewards=[{{name: {ALTERNATING}}}]"]
-    own += unequal_glyphs(tmp_path) if stage == "decoder" else [SHORT]
+    own += unequal_glyphs(tmp_path) if stage == "decoder" else [*SHORT]
     alone = ["train.max_steps=1", "optim.lr_scheduler_type=constant", f"output_dir={one}"]
     train(small_run(stage, *alone, *own))
     done = two_processes(stage, f"output_dir={two}", *own)

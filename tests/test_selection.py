@@ -29,7 +29,7 @@ EVERY = ["train.eval_steps=1", f"train.metric_for_best_model={SHARP.rpartition('
 
 def make(folder: Path, *overrides: str, stage: str = "both"):
     small = [
-        f"output_dir={folder}", SHORT, "rollout.prompts_per_step=1", "rollout.num_generations=4",
+        f"output_dir={folder}", *SHORT, "rollout.prompts_per_step=1", "rollout.num_generations=4",
         "rollout.batch_size=8", "rollout.priors=auto", "optim.per_device_train_batch_size=4", "train.trackers=[]",
         "optim.lr_scheduler_type=constant", "sampling.num_inference_steps=4", STAGES,
         f"train.max_steps={STEPS}", f"train.save_steps={STEPS}", "eval.images_per_prompt=2",

@@ -76,7 +76,7 @@ def started(tmp_path_factory) -> dict[str, str]:
 
 def config_of(name: str, *overrides: str) -> RunConfig:
     small = [
-        SHORT, "rollout.prompts_per_step=1", "rollout.num_generations=2", "rollout.batch_size=2",
+        *SHORT, "rollout.prompts_per_step=1", "rollout.num_generations=2", "rollout.batch_size=2",
         "optim.per_device_train_batch_size=2", "sampling.num_inference_steps=4",
         "optim.lr_scheduler_type=constant", "grpo.beta=0.05", "train.trackers=[]",
         "lora={rank: 2, alpha: 4}", "sde.window_start_max=0", "train.save_steps=1", "rollout.priors=sampled",
