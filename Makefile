@@ -30,7 +30,9 @@ quickstart: install
 	$(call pipeline,40,45)
 	$(RUN) -m duet.inference.generate --model $(CONFIGS)/model --output $(OUT)/edit \
 	  --adapter $(OUT)/ar/checkpoint-45 --adapter $(OUT)/decoder/checkpoint-40 \
-	  --image $(CONFIGS)/prompts/edits_eval/000-source0.png --prompt "make the square teal"
+	  --image $(CONFIGS)/prompts/edits_eval/002-source0.png \
+	  --image $(CONFIGS)/prompts/edits_eval/002-source1.png \
+	  --prompt "put the circle of the first picture above the word of the second"
 
 reproduce: install
 	$(call pipeline,250,180)
