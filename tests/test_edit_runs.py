@@ -90,7 +90,7 @@ def test_the_ar_trains_on_text_and_edits(edit_run, losses):
     train(config := edit_run("ar", "grpo.old_logprobs=trainer", level))
     [metrics] = metrics_of(config)
     assert metrics["ratio/min"] == metrics["ratio/max"] == 1 and metrics["kl"] == 0
-    assert 0 < metrics["sampling/sampling_logp_difference/mean"] < 1e-5
+    assert 0 < metrics["sampling/sampling_logp_difference/max"] < 1e-4
     taken = torch.cat([actions.taken.sum(1) for actions, _ in losses])
     assert sorted(taken.tolist()) == [6] * 6 + [253] * 2
     for actions, counts in losses:

@@ -20,18 +20,22 @@ from duet.train.tiny.edits import BACKGROUND, KINDS, WORD, Edit, change_style_to
 from duet.train.tiny.scenes import Scene, box_in_block, draw_scene
 from duet.train.tiny.world import PLACES, Card
 
-_COUNTS = {"train": 160, "eval": 96, "words": 96}
-_MIXED = [each for kind in KINDS for each in (kind, WORD)]
+# of each file how many rows, and their kinds in turn
+_FILES = {
+    "train": (160, list(KINDS)),
+    "eval": (96, list(KINDS)),
+    "words": (96, [each for kind in KINDS for each in (kind, WORD)]),
+}
 _EDGE = 3  # pixels into which resampling carries the ground
 _CORE_PIXELS = 3, 5  # half the width and height that lie within every shape, also in outline
 
 
 def write_edits(folder: Path, seed: int = 7) -> None:
-    """Of each file's kinds one after another, again and again; those of evaluation are held out."""
-    for name, count in _COUNTS.items():
+    """All files; the rows of evaluation are held out."""
+    for name, (count, kinds) in _FILES.items():
         rng, held_out = random.Random(f"{seed}/edits/{name}"), name == "eval"
         rows = []
-        for place, kind in zip(range(count), cycle(_MIXED if name == "words" else KINDS)):
+        for place, kind in zip(range(count), cycle(kinds)):
             edit = _changed_word(rng) if kind == WORD else sample_edit(kind, rng, held_out)
             rows.append(_row(folder, f"edits_{name}/{place:03d}", edit, rng, held_out))
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -45,7 +49,8 @@ def _changed_word(rng: random.Random) -> Edit:
 
 
 def _row(folder: Path, stem: str, edit: Edit, rng: random.Random, held_out: bool) -> dict:
-    kind, row = edit.kind, {"prompt": edit.prompt, "kind": edit.kind, "text": edit.wanted.card.word}
+    kind = edit.kind
+    row = {"prompt": edit.prompt, "kind": kind, "text": edit.wanted.card.word}
     row["sources"] = [
         _saved(scene, folder, f"{stem}-source{i}") for i, scene in enumerate(edit.sources)
     ]
