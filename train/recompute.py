@@ -19,6 +19,12 @@ def recompute_blocks(module: Module, block: type[Module]) -> None:
         layer.forward = partial(_forward, layer.forward)
 
 
+def is_recomputed(module: Module) -> bool:
+    """Are blocks inside the module computed again in backward?"""
+    forwards = (layer.forward for layer in module.modules())
+    return any(isinstance(f, partial) and f.func is _forward for f in forwards)
+
+
 def _forward(forward, *args, **kwargs):
     if torch.is_grad_enabled():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -6,7 +6,7 @@ Rajbhandari et al., arXiv 1910.02054.
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from duet.inference.empty import make_room
 from duet.train.laid_out import laid_out
+from duet.train.recompute import is_recomputed
 from duet.train.sharding import InParts
 
 _GROUP = 10**7  # weights
@@ -139,7 +140,7 @@ class Zero3(Zero2):
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 make_room(module, self.accelerator.device, recurse=False)
                 own = ParameterList(module.parameters(recurse=False))
-                zero.Init(own, config_dict_or_path=self._config(0), mem_efficient_linear=False)
+                zero.Init(own, config_dict_or_path=self._config(0))
 
     def _config(self, max_norm: float) -> dict[str, Any]:
         config = super()._config(max_norm)
@@ -150,6 +151,9 @@ class Zero3(Zero2):
             "stage3_max_reuse_distance": 0,
             # of a process's part: DeepSpeed begins with a gradient of a whole group's whole size
             "sub_group_size": _GROUP,
+            # DeepSpeed's keeps no gathered weight for the backward, which a block that is computed
+            # again does not either; but it rounds once more than torch's before it adds the bias
+            "memory_efficient_linear": not is_recomputed(self.inner),
         }
         return config
 
@@ -216,6 +220,8 @@ def _deepspeed(device: torch.device) -> ModuleType:
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # its forward would end a GPU's autocast, in which sampling runs
+    deepspeed.runtime.engine.autocast_if_enabled = lambda engine: nullcontext()
     if device.type == "cpu":  # gloo serves: its own all-reduce is compiled at the first use
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

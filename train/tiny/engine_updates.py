@@ -38,7 +38,7 @@ from duet.train.checkpoint import save_checkpoint
 from duet.train.collect import collect
 from duet.train.environment import sharding_engine
 from duet.train.learn import learn
-from duet.train.run import Training
+from duet.train.run import Run, Training
 from duet.train.setup import prepare
 from duet.train.sharding import Sharding
 from duet.train.state import load_state
@@ -122,8 +122,11 @@ def measure(case: str, folder: Path, begun: Path, *overrides: str) -> dict[str, 
     del policy
     if begun != folder:
         second = _step(whole, 1)
-        skipped, refused = _skips(whole, second.rollouts), _refuses(whole, folder)
-        measured |= {"skipped": skipped, "refused": refused, "seconds": second.seconds}
+        with _autocast_as_on_a_gpu(whole.at(0)) as seen:
+            skipped = _skips(whole, second.rollouts)
+        refused, kept = _refuses(whole, folder), all(gather_object([seen == {True}]))
+        measured |= {"skipped": skipped, "refused": refused, "autocast": kept}
+        measured["seconds"] = second.seconds
         del whole
         go_on(case, folder / "adam" / "checkpoint-1", folder / "resumed", *overrides)
     adapters = f"model.adapters=[{begun}/adam/checkpoint-1]"
@@ -158,6 +161,22 @@ def go_on(case: str, checkpoint: Path, output: Path, *overrides: str) -> None:
     resume = f"train.resume={checkpoint}"
     _step(_prepare(case, output, 2 * _SAMPLES, resume, *overrides), 1)
     _forget()
+
+
+@contextmanager
+def _autocast_as_on_a_gpu(run: Run) -> Iterator[set[bool]]:
+    """While open mixed precision is on, also for who asks for a GPU's by naming no device: in
+    whether each forward of the policy runs in it.
+    """
+    seen: set[bool] = set()
+    noted = run.policy.inner.register_forward_pre_hook(
+        lambda *_: seen.add(torch.is_autocast_enabled("cpu"))
+    )
+    torch.set_autocast_enabled("cuda", True)
+    with mock.patch.object(run.stage.engine, "autocast", torch.bfloat16):
+        yield seen
+    torch.set_autocast_enabled("cuda", False)
+    noted.remove()
 
 
 def _skips(training: Training, rollouts: list[Rollout]) -> bool:
@@ -216,7 +235,7 @@ def _prepare(case: str, output: Path, batch: int, *overrides: str) -> Training:
         *(SHIPPED if "bf16" in more else []),
         *sizes,
         f"data.train={rows}",
-        f"optim.gradient_checkpointing={'edits' in more}",
+        f"optim.gradient_checkpointing={bool(more)}",
         f"tuning={tuning}",
         f"output_dir={output}",
         *overrides,
