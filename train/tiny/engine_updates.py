@@ -75,6 +75,7 @@ _COMMON = (
     "grpo.beta=0.01",
     "grpo.epsilon=0.9",
     "grpo.epsilon_high=10",
+    "optim.max_grad_norm=1e-3",  # less than any gradient's
     "sampling.num_inference_steps=6",
     "rewards=[{name: duet.train.tiny.engine_updates.Alternating}]",
     "train.trackers=[]",
