@@ -2,16 +2,22 @@
 
 import torch
 from diffusers import GlmImagePipeline
+from torch.distributed import is_initialized
+from torch.nn import Module
 
 from duet.configs.policy_schema import ModelConfig
 from duet.inference.model import components, pick_device
+
+_AWAY = torch.device("cpu")
 
 
 class Placement:
     """With `offload` none the parts stay where they are; with `phase` those that the phase at
     hand does not need wait on the CPU.
 
-    Parameters keep their identity, so an optimizer and DDP go on with them.
+    Parameters keep their identity, so an optimizer goes on with them. DDP would not: a parameter
+    that changes its device loses the hook that shares its gradient. So on several processes what
+    is trained stays.
     """
 
     def __init__(self, pipeline: GlmImagePipeline, config: ModelConfig | None = None) -> None:
@@ -27,10 +33,17 @@ class Placement:
         parts = components(self.pipeline)
         for name, part in parts.items():
             if name not in needed and name not in self.fixed:
-                part.to("cpu")
+                _send(part, _AWAY)
         for name in needed:
             if name not in self.fixed:
-                parts[name].to(self.device)
+                _send(parts[name], self.device)
+
+
+def _send(part: Module, device: torch.device) -> None:
+    if is_initialized():
+        part._apply(lambda tensor: tensor if tensor.requires_grad else tensor.to(device))
+    else:
+        part.to(device)
 
 
 def _device(pipeline: GlmImagePipeline) -> torch.device:

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from duet.configs.errors import UserError
+from duet.configs.policy_schema import ModelConfig
 from duet.configs.schema import GrpoConfig
 from duet.inference import autoregressive
 from duet.inference.model import COMPONENTS, load_pipeline
 from duet.inference.parts import PARTS
+from duet.inference.placement import Placement
 from duet.train import setup
 from duet.train.loss import NORMALISED, Actions, Counts, policy_loss
 from duet.train.recompute import recompute_blocks
 from duet.train.tiny import gaps
 from duet.train.tiny.double_precision import in_double_precision
 from duet.train.tiny.gaps import make_bench
-from tests.conftest import train
+from tests.conftest import MODEL, train
 
 STAGES = ["ar", "decoder"]
 SMALL = ["rollout.prompts_per_step=1", "rollout.num_generations=2"]
@@ -228,3 +230,19 @@ def test_parts_wait_on_the_cpu_until_their_phase(stage, small_run, monkeypatch, 
     assert {"vision_language_encoder"} in places.most
     assert {"text_encoder", "transformer", "vae"} in places.most
     assert not any({"vision_language_encoder", "transformer"} <= here for here in places.most)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_over_processes_what_is_trained_stays(processes, monkeypatch):
+    """A parameter that changes its device has another gradient accumulator behind it, without the
+    hook by which DDP shares the gradient. The device is one that there is none of here."""
+    monkeypatch.setattr("duet.inference.placement.is_initialized", lambda: processes > 1)
+    pipeline = load_pipeline(str(MODEL))
+    placement = Placement(pipeline, ModelConfig(path=str(MODEL), offload="phase"))
+    placement.device = torch.device("meta")
+    dit = pipeline.transformer
+    dit.transformer_blocks[0].attn1.to_q.weight.requires_grad_()
+    placement.bring("transformer")
+    stayed = [n for n, p in dit.named_parameters() if not p.is_meta]
+    assert stayed == (["transformer_blocks.0.attn1.to_q.weight"] if processes > 1 else [])
+    assert not any(p.is_meta for p in pipeline.vision_language_encoder.parameters())

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.nn import Dropout
+from torch.nn import Dropout, Linear
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from duet.configs.errors import UserError
 from duet.configs.schema import OptimConfig
@@ -15,6 +18,7 @@ from duet.train.collect import collect
 from duet.train.retention import remove_old
 from duet.train.schedule import make_schedule
 from duet.train.setup import prepare
+from duet.train.sharding import Sharding
 from tests.conftest import train
 
 
@@ -28,6 +32,19 @@ def rates(updates: int = 8, **optim) -> list[float]:
         optimizer.step()
         schedule.step()
     return made
+
+
+def test_loaded_moments_lie_on_the_device_though_their_part_waits_elsewhere():
+    """On the CPU; the device is one that there is none of here."""
+    away = SimpleNamespace(device=torch.device("meta"), scaler=None, prepare=lambda *given: given)
+    sharding = Sharding(away, Linear(2, 3), Linear)
+    optimizer = AdamW(sharding.trained)
+    sharding.prepare(optimizer, LambdaLR(optimizer, lambda _: 1.0), 1.0)
+    sharding.module(torch.ones(1, 2)).sum().backward()
+    sharding.step(made=True)
+    sharding.load_state_dict(sharding.state_dict())
+    placed = {name: v.device.type for own in optimizer.state.values() for name, v in own.items()}
+    assert placed == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def test_the_learning_rate_warms_up_and_falls():

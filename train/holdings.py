@@ -55,9 +55,10 @@ def held_weights(
     present: Collection[str],
     parts: Parts,
     learns: bool,
+    stay: bool,
 ) -> dict[str, int]:
-    """The model's, of the components that are `present`. What is cut is gathered whole to sample,
-    and a block at a time to learn.
+    """The model's, of the components that are `present`, and the trained ones of others too where
+    they `stay`. What is cut is gathered whole to sample, and a block at a time to learn.
     """
     here = [t for t in trained if t.component in present]
     others = set(present) - {t.component for t in here}
@@ -65,7 +66,7 @@ def held_weights(
     held = {"frozen weights": frozen}
     if parts.weights == 1 or not learns:
         held["frozen weights"] += sum(t.frozen for t in here)
-        held["trained weights"] = sum(t.copy for t in here)
+        held["trained weights"] = sum(t.copy for t in (trained if stay else here))
     if parts.weights > 1:
         cut = sum(t.frozen + t.copy for t in here)
         held["shards of the trained parts"] = cut // parts.weights

@@ -190,7 +190,8 @@ def phases(
 
     def whole(phase: Phase) -> Phase:
         present = {*phase.needs, *stays} if offloads else set(step.read)
-        weights = held_weights(step.subject, trained, present, parts, phase.learns)
+        learns, stay = phase.learns, processes > 1  # as inference/placement.py has it
+        weights = held_weights(step.subject, trained, present, parts, learns, stay)
         judging = {} if offloads and phase.learns else {"reward models": rewards.bytes}
         held = weights | phase.held | always | judging
         return replace(phase, held={name: size for name, size in held.items() if size})

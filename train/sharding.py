@@ -97,6 +97,10 @@ class Sharding:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+        # torch sends moments to where a parameter is, which may wait on the CPU (`movable`)
+        for own in self.optimizer.state.values():
+            sized = {n: v for n, v in own.items() if isinstance(v, Tensor) and v.dim()}
+            own.update((n, v.to(self.accelerator.device)) for n, v in sized.items())
 
     def moments(self) -> list[Tensor]:
         """What this process holds of the optimizer's state."""
