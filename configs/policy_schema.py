@@ -16,7 +16,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
     offload: Literal["none", "phase"] = setting(
-        "phase: parts and reward models that a phase does not need wait on the CPU", "none"
+        "phase: parts and reward models that a phase does not need wait on the CPU (over several "
+        "processes without what is trained)",
+        "none",
     )
     adapters: tuple[str, ...] = setting(
         "checkpoints to begin with, adapters or full weights of either part: a trained part goes "
