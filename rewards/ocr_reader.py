@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from duet.configs.errors import UserError
+from duet.rewards.clip import own_gpu
 
 Reader = Callable[[np.ndarray], Any]  # rapidocr.RapidOCR: BGR pixels in, .txts out
 DET_SIZES = ("tiny", "small", "medium")  # PP-OCRv6's; the package carries `small`
@@ -30,6 +31,7 @@ def open_reader(limit_side_len: int, language: str, det_size: str, engine: str) 
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         "EngineConfig.onnxruntime.use_cuda": engine == "cuda",
+        "EngineConfig.onnxruntime.cuda_ep_cfg.device_id": own_gpu(),
     }
     reader = RapidOCR(params=params | _recogniser(language))
     try:
