@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from duet.configs.environment import on_cpu_alone, require_gpus_allowed
 from duet.configs.errors import UserError
 from duet.rewards.long_prompts import embed_long
 
@@ -156,18 +157,22 @@ def _size(model: str) -> int:
 
 
 def picked_device(name: str) -> torch.device:
-    """`auto` is this process's GPU, or the CPU where there is none; `cuda` is the same GPU.
+    """`auto` is this process's GPU, or the CPU where there is none or accelerate's environment
+    asks for the CPU; `cuda` is the same GPU.
 
     Never a GPU without its number: that would be another one in another thread.
 
-    Raises UserError for what is no device, and for a GPU where torch sees none.
+    Raises UserError for what is no device, and for a GPU where torch sees none or none is allowed.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        gpu = not on_cpu_alone(os.environ) and torch.cuda.is_available()
+        name = "cuda" if gpu else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r}: allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda":
+        require_gpus_allowed(os.environ, f"device {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: torch sees no GPU here: use auto or cpu")
     if device == torch.device("cuda"):
