@@ -78,6 +78,27 @@ def require(environment: Mapping[str, str], rules: Rules) -> None:
             )
 
 
+def on_cpu_alone(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's environment keeps the processes from GPUs that are there.
+
+    Raises UserError for a value that accelerate does not read.
+    """
+    value = environment.get("ACCELERATE_USE_CPU", "false")
+    if value.lower() not in (*ON, *OFF):
+        raise UserError(f"ACCELERATE_USE_CPU = {value!r}: allowed is true or false")
+    return value.lower() in ON
+
+
+def require_gpus_allowed(environment: Mapping[str, str], asked: str) -> None:
+    """`asked`: the setting that names a GPU, for the message. Raises UserError where the processes
+    are to stay on the CPU."""
+    if on_cpu_alone(environment):
+        raise UserError(
+            f"{asked} goes against ACCELERATE_USE_CPU = {environment['ACCELERATE_USE_CPU']!r} in "
+            "the environment (--accelerate cpu sets it): ask for the CPU, or unset it"
+        )
+
+
 def sharding(environment: Mapping[str, str]) -> str | None:
     """`DEEPSPEED` or `FSDP`, where accelerate's environment asks for it.
 

@@ -40,6 +40,22 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # torch's words
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """What an allocation that failed says, in a line without advice; None of any other error.
+
+    Known by words: torch, which is not loaded here, raises plain RuntimeErrors too.
+    """
+    said = " ".join(str(error).split())
+    of_torch = isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    if not of_torch and not isinstance(error, MemoryError):
+        return None
+    told = ". ".join(said.split(". ")[:2]).rstrip(".")  # what was asked for; the rest is long
+    return f"{type(error).__name__}: {told or 'out of memory'}"
+
+
 def tell(text: str) -> None:
     """A line to the user, never into a progress bar; it ends nothing."""
     # its end in the same write: several processes may have one stderr
@@ -48,7 +64,8 @@ def tell(text: str) -> None:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a command; a UserError becomes one line on stderr and its exit status.
+    """Run a command; a UserError becomes one line on stderr and its exit status, and so does
+    too little memory.
 
     Ctrl-C ends with 130, as shells expect (128 + the signal's number).
     """
@@ -65,6 +82,12 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         tell(f"error: {' '.join(str(error).split())}")
         sys.exit(error.status)
+    except (MemoryError, RuntimeError) as error:
+        told = memory_fault(error)
+        if told is None:
+            raise
+        tell(f"error: {told}: take a smaller batch size, or a device with more memory")
+        sys.exit(2)
     except KeyboardInterrupt:
         tell("interrupted")
         sys.exit(130)

@@ -14,7 +14,9 @@ class ModelConfig(Section):
 
     path: str = setting("a local folder or a hub id, in the layout of GlmImagePipeline")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of the frozen weights", "float32")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto: a GPU where there is one", "auto")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto: a GPU where there is one, unless by --accelerate cpu", "auto"
+    )
     offload: Literal["none", "phase"] = setting(
         "phase: parts and reward models that a phase does not need wait on the CPU (over several "
         "processes without what is trained)",

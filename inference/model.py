@@ -1,6 +1,7 @@
 """Loading the parts of a GLM-Image checkpoint."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.nn import Module
 from transformers import GlmImageConfig
 from transformers.utils import logging as transformers_logging
 
+from duet.configs.environment import on_cpu_alone, require_gpus_allowed
 from duet.configs.errors import UserError, first_line
 from duet.configs.hub import is_hub_id
 from duet.configs.launcher import is_first_here
@@ -23,8 +25,15 @@ COMPONENTS = ("vision_language_encoder", "transformer", "vae", "text_encoder")  
 
 
 def pick_device(name: str = "auto") -> torch.device:
+    """`name`: as `model.device` has it, or a device of torch's.
+
+    Raises UserError for a GPU where none is visible or accelerate's environment asks for the CPU.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = not on_cpu_alone(os.environ) and torch.cuda.is_available()
+        return torch.device("cuda" if gpu else "cpu")
+    if name.startswith("cuda"):
+        require_gpus_allowed(os.environ, f"model.device = {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device = 'cuda', but no GPU is visible: use 'auto' or 'cpu'")
     device = torch.device(name)

@@ -9,7 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from duet.configs.errors import UserError
+from duet.configs.errors import UserError, memory_fault
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
         mine = error
     own = None
     if mine is not None:  # a signal's status is that of all
-        own = (str(mine) or type(mine).__name__, getattr(mine, "status", 2))
+        own = (memory_fault(mine) or str(mine) or type(mine).__name__, getattr(mine, "status", 2))
     told = gather_object([own])
     if mine is not None:
         raise mine

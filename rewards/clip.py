@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from duet.configs.environment import on_cpu_alone, require_gpus_allowed
 from duet.configs.errors import UserError
 from duet.rewards.long_prompts import embed_long
 
@@ -156,21 +157,33 @@ def _size(model: str) -> int:
 
 
 def picked_device(name: str) -> torch.device:
-    """`auto` is this process's GPU (LOCAL_RANK), or the CPU where there is none.
+    """`auto` is this process's GPU, or the CPU where there is none or accelerate's environment
+    asks for the CPU; `cuda` is the same GPU.
 
-    Raises UserError for what is no device, and for a GPU where torch sees none.
+    Never a GPU without its number: that would be another one in another thread.
+
+    Raises UserError for what is no device, and for a GPU where torch sees none or none is allowed.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpu = not on_cpu_alone(os.environ) and torch.cuda.is_available()
+        name = "cuda" if gpu else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r}: allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda":
+        require_gpus_allowed(os.environ, f"device {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: torch sees no GPU here: use auto or cpu")
+    if device == torch.device("cuda"):
+        return torch.device("cuda", own_gpu())
     return device
+
+
+def own_gpu() -> int:
+    """The number of this process's GPU among those that it sees, as accelerate has it."""
+    rank = max(0, int(os.environ.get("LOCAL_RANK", 0)))  # -1: no launcher
+    return rank % max(1, torch.cuda.device_count())
 
 
 def picked_dtype(name: Dtype) -> torch.dtype:

@@ -1,11 +1,13 @@
 """Opens rapidocr on onnxruntime: one thread a reader, and nothing that falls back in silence."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from duet.configs.environment import require_gpus_allowed
 from duet.configs.errors import UserError
 
 Reader = Callable[[np.ndarray], Any]  # rapidocr.RapidOCR: BGR pixels in, .txts out
@@ -19,8 +21,6 @@ def open_reader(limit_side_len: int, language: str, det_size: str, engine: str) 
     from rapidocr.utils.download_file import DownloadFileException
     from rapidocr.utils.typings import ModelType
 
-    if engine == "cuda":
-        _require_cuda()
     params = {
         "Global.use_cls": False,
         "Global.log_level": "error",
@@ -29,8 +29,9 @@ def open_reader(limit_side_len: int, language: str, det_size: str, engine: str) 
         "Det.model_type": ModelType(det_size),
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-        "EngineConfig.onnxruntime.use_cuda": engine == "cuda",
     }
+    if engine == "cuda":
+        params |= _on_cuda()
     reader = RapidOCR(params=params | _recogniser(language))
     try:
         reader(_word())  # rapidocr opens its models at the first word that it reads
@@ -42,8 +43,12 @@ def open_reader(limit_side_len: int, language: str, det_size: str, engine: str) 
     return reader
 
 
-def _require_cuda() -> None:
+def _on_cuda() -> dict[str, Any]:
+    """On this process's own GPU: onnxruntime itself would take the first one."""
+    require_gpus_allowed(os.environ, "ocr engine 'cuda'")
     import onnxruntime  # rapidocr itself would read on the CPU instead, with a warning
+
+    from duet.rewards.clip import own_gpu  # torch: only for a GPU
 
     providers = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in providers:
@@ -51,6 +56,8 @@ def _require_cuda() -> None:
             f"ocr engine 'cuda': onnxruntime has {', '.join(providers)}: "
             "pip install onnxruntime-gpu in place of onnxruntime, or use engine 'cpu'"
         )
+    name = "EngineConfig.onnxruntime"
+    return {f"{name}.use_cuda": True, f"{name}.cuda_ep_cfg.device_id": own_gpu()}
 
 
 def _recogniser(language: str) -> dict[str, Any]:

@@ -85,10 +85,17 @@ def whole(tmp_path_factory):
 
 
 # where, in which call, and what: (owner, method, calls before the second step ends, act, status, text)
+# as torch tells it, with its advice
+NO_ROOM = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which "
+    "1.19 GiB is free.\nIncluding non-PyTorch memory, this process has 138.60 GiB memory in use."
+)  # fmt: skip
+TOLD = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
 ENDS = {
     "SIGTERM while sampling": (Engine, "decode", 3, signalled(signal.SIGTERM), 143, "SIGTERM ended the run"),
     "SIGINT in an update": (Policy, "step", 3, signalled(signal.SIGINT), 130, "SIGINT ended the run"),
     "a reward calls sys.exit": (Engine, "decode", 3, failing(SystemExit(0)), 2, "called sys.exit(0)"),
+    "too little memory": (Engine, "decode", 3, failing(torch.OutOfMemoryError(NO_ROOM)), 2, f"{TOLD}: `duet plan` tells"),
     "a fault": (Engine, "decode", 3, failing(KeyError("gone")), 1, "KeyError: 'gone'"),
 }  # fmt: skip
 
@@ -187,7 +194,7 @@ with Signals().listening():
     assert done.stderr.count("duet: SIGINT: the run ends at the next safe place") == 1
 
 
-@pytest.mark.parametrize("ended", [UserError("SIGUSR1 ended the run", 138), KeyError("gone")])
+@pytest.mark.parametrize("ended", [UserError("SIGUSR1 ended the run", 138), KeyError("gone"), torch.OutOfMemoryError(NO_ROOM)])  # fmt: skip
 def test_what_ends_one_process_ends_the_others_with_its_status(monkeypatch, ended):
     told = []
     monkeypatch.setattr(together, "gather_object", lambda own: told.extend(own) or told)
@@ -196,6 +203,10 @@ def test_what_ends_one_process_ends_the_others_with_its_status(monkeypatch, ende
     with pytest.raises(UserError, match="process 0 ended: ") as other, together.together(None):
         pass
     assert other.value.status == (138 if isinstance(ended, UserError) else 2)
+    assert "Including" not in str(other.value), "torch's advice is long"
+
+
+LESS = "take a smaller batch size, or a device with more memory"
 
 
 @pytest.mark.parametrize(
@@ -204,9 +215,24 @@ def test_what_ends_one_process_ends_the_others_with_its_status(monkeypatch, ende
         (UserError("a\nb"), 2, "duet: error: a b"),
         (UserError("stopped", 143), 143, "duet: error: stopped"),
         (KeyboardInterrupt(), 130, "duet: interrupted"),
+        (torch.OutOfMemoryError(NO_ROOM), 2, f"duet: error: {TOLD}: {LESS}"),
+        (MemoryError(), 2, f"duet: error: MemoryError: out of memory: {LESS}"),
     ],
 )
 def test_a_command_ends_with_one_line_and_its_status(error, status, line, capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(failing(error))
     assert ended.value.code == status and capsys.readouterr().err == line + "\n"
+
+
+def test_a_cpus_memory_too_is_told_in_one_line(capsys):
+    """For which torch has no class of its own."""
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda: torch.empty(2**55))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "can't allocate memory" in told and told.count("\n") == 1
+
+
+def test_a_fault_of_the_code_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        exit_on_user_error(failing(RuntimeError("CUDA error")))

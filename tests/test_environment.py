@@ -7,9 +7,13 @@ from pathlib import Path
 
 import accelerate
 import pytest
+import torch
 
 from duet.configs.environment import require_shared_work
 from duet.configs.errors import UserError
+from duet.configs.schema import RewardConfig
+from duet.inference.model import pick_device
+from duet.rewards.registry import load_reward, load_rewards
 from duet.train.environment import (
     hybrid,
     require_own_settings,
@@ -158,6 +162,45 @@ def test_a_device_against_the_configs_is_refused(small_run, name, device):
         require_own_settings(
             {f"ACCELERATE_{name}": "true"}, small_run("ar", f"model.device={device}")
         )
+
+
+@pytest.mark.parametrize(
+    ("value", "device"), [("true", "cpu"), ("1", "cpu"), ("Yes", "cpu"), ("no", "cuda"), (None, "cuda")]
+)  # fmt: skip
+def test_auto_is_the_cpu_where_accelerate_asks_for_it(monkeypatch, value, device):
+    """On a machine with a GPU, as `--accelerate cpu` promises."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert pick_device().type == device
+    assert load_reward(RewardConfig("alignment")).device.type == device
+
+
+ON_GPU = {
+    "model.device = 'cuda'": lambda: pick_device("cuda"),
+    "device 'cuda'": lambda: load_reward(RewardConfig("alignment", args={"device": "cuda"})),
+    "device 'cuda:1'": lambda: load_reward(RewardConfig("pyiqa", args={"metric": "niqe", "device": "cuda:1"})),
+    "ocr engine 'cuda'": lambda: load_rewards([RewardConfig("ocr", args={"engine": "cuda"})]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ON_GPU)
+def test_a_gpu_asked_for_against_accelerate_is_refused(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    told = rf"^{re.escape(asked)} goes against ACCELERATE_USE_CPU = 'true' .* or unset it$"
+    with pytest.raises(UserError, match=told) as refused:
+        ON_GPU[asked]()
+    assert refused.value.status == 2
+
+
+def test_a_word_that_accelerate_does_not_read_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU = '': allowed is true or false"):
+        pick_device()
 
 
 @pytest.mark.parametrize("sharded", [ZERO, ZERO3, FSDP2])

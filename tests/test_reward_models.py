@@ -187,6 +187,46 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         load_reward(RewardConfig("alignment", args={"device": "cuda:1"}))
 
 
+def third_of(gpus: int, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+@pytest.mark.parametrize("name", ["alignment", "pickscore", "pyiqa"])
+def test_plain_cuda_is_the_gpu_that_auto_takes(name, monkeypatch):
+    """With its number: weights and pixels go there from two threads."""
+    third_of(4, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = {"metric": "niqe"} if name == "pyiqa" else {}
+    for device, own in (("auto", "cuda:2"), ("cuda", "cuda:2"), ("cuda:0", "cuda:0")):
+        reward = load_reward(RewardConfig(name, args=args | {"device": device}))
+        assert reward.device == torch.device(own)
+
+
+@pytest.mark.parametrize(("gpus", "own"), [(4, 2), (1, 0)])
+def test_ocr_reads_on_the_processes_own_gpu(gpus, own, monkeypatch):
+    """As its sessions are asked for; there is none here that could be opened on a GPU. A process
+    may see its own GPU alone."""
+    third_of(gpus, monkeypatch)
+    from rapidocr.inference_engine.onnxruntime import main, provider_config
+
+    asked, session = [], main.InferenceSession
+
+    def opened(path, sess_options, providers):
+        asked.append(dict(providers)["CUDAExecutionProvider"]["device_id"])
+        return session(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
+
+    def both():
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr("onnxruntime.get_available_providers", both)
+    monkeypatch.setattr(provider_config, "get_available_providers", both)
+    monkeypatch.setattr(provider_config, "get_device", lambda: "GPU")
+    monkeypatch.setattr(main, "InferenceSession", opened)
+    load_rewards([RewardConfig("ocr", args={"engine": "cuda"})])
+    assert set(asked) == {own}
+
+
 def test_a_plain_model_name_without_weights_is_refused():
     with pytest.raises(UserError, match="needs pretrained"):
         load_rewards([RewardConfig("alignment", args={"model": "ViT-B-32", "pretrained": None})])

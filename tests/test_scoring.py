@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from types import SimpleNamespace
 
@@ -81,6 +82,27 @@ def test_a_reward_that_fails_beside_sampling_ends_the_step(rows):
             Scorer({"bad": fail}, {}),
             1,
         )
+
+
+def test_plain_cuda_is_the_processes_own_gpu_where_rewards_are_scored(rows, monkeypatch):
+    """torch's current device is a thread's own, and 0 where none was set."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "number", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: setattr(current, "number", number))
+    torch.cuda.set_device(3)
+
+    def current_gpu(inputs):
+        return [float(torch.cuda.current_device()) for _ in inputs]
+
+    class Made:
+        images = (CLEAN,)
+
+    groups = draw_groups(rows, 0, 0, 2, 1)
+    sampled = sample_and_score(
+        lambda batch: [Made] * len(batch), groups, Scorer({"gpu": current_gpu}, {}), 1
+    )
+    assert sampled.scores.trained["gpu"].tolist() == [3, 3]
 
 
 def test_batches_hold_whole_groups(rows):

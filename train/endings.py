@@ -11,7 +11,7 @@ from types import TracebackType
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from duet.configs.errors import UserError, first_line
+from duet.configs.errors import UserError, first_line, memory_fault
 from duet.inference.lost import Lost, named, naming_the_lost
 from duet.inference.together import from_main
 from duet.rewards.answers import LARGEST
@@ -136,13 +136,15 @@ class Endings:
 def _told(error: BaseException) -> tuple[str, int]:
     """One line, and the exit status: 2 for what a user can mend, 128 + a signal's number."""
     line = " ".join(str(error).split())
+    if memory := memory_fault(error):
+        return f"{memory}: `duet plan` tells the settings that need less", 2
     match error:
         case Stopped() | UserError():
             return line, error.status
         case SystemExit():
             return f"a reward or another plug-in called sys.exit({error.code!r})", 2
-        case OSError() | MemoryError():
-            return f"{type(error).__name__}: {line or 'out of memory'}", 2
+        case OSError():
+            return f"{type(error).__name__}: {line}", 2
         case _:
             return f"{type(error).__name__}: {line}", 1
 

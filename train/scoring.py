@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ def sample_and_score(
     """
     batches = pack(groups, batch_size, weight=lambda group: len(group.seeds))
     rollouts, jobs, start = [], [], time.perf_counter()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+    pool = ThreadPoolExecutor(1, "rewards", initializer=_on_the_same_gpu())
     try:
         for batch in batches:
             made = sample(batch)
@@ -185,6 +186,16 @@ def sample_and_score(
         sum(part.seconds for part in parts),
         time.perf_counter() - sampled,
     )
+
+
+def _on_the_same_gpu() -> Callable[[], None] | None:
+    """For another thread's start: plain `cuda`, which a plug-in may name, is there what it is here.
+
+    torch begins every thread on the first GPU, and a process's own may be another.
+    """
+    if not torch.cuda.is_initialized():  # asking for the device would take memory of a GPU
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
