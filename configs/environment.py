@@ -49,9 +49,9 @@ def common_rules(mixed_precision: str, device: str) -> dict[str, Rule]:
         "ACCELERATE_DYNAMO_USE_DYNAMIC": Rule(OFF, _COMPILES),
         "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(OFF, _COMPILES),
         "ACCELERATE_USE_CPU": Rule(OFF, "model.device") if device == "cuda" else ANYTHING,
-        "ACCELERATE_TORCH_DEVICE": ANYTHING
-        if device == "auto"
-        else Rule((device,), "model.device"),
+        "ACCELERATE_TORCH_DEVICE": Rule(
+            () if device == "auto" else (device,), "model.device (CUDA_VISIBLE_DEVICES picks a GPU)"
+        ),
         "ACCELERATE_USE_DEEPSPEED": ANYTHING,  # read by `sharding`
         "ACCELERATE_USE_FSDP": ANYTHING,
         "ACCELERATE_CPU_AFFINITY": ANYTHING,  # where threads run
