@@ -1,11 +1,17 @@
 """Each engine over real processes: its update is that of one process, in parts, and goes on."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from torch.nn import Linear
+from torch.optim import SGD
 
 from duet.train.tiny import engine_updates
 from duet.train.tiny.engine_updates import go_on, write_rows
 from duet.train.tiny.engines import ENGINES, MOMENTS_ALLOWED, compare, distance, moments
+from duet.train.zero import Zero2
 from tests import forked
 from tests.conftest import ROOT
 
@@ -61,3 +67,12 @@ def test_an_update_in_parts_is_that_of_one_process(engine, alone, tmp_path):
         ended, theirs = (moments(f / "checkpoint-2") for f in (output, adam))
         largest = max(float(value.abs().max()) for value in theirs.values())
         assert distance(ended, theirs) < MOMENTS_ALLOWED * largest
+
+
+def test_zero_makes_room_for_no_more_gradients_than_there_are(monkeypatch):
+    monkeypatch.setattr("deepspeed.initialize", lambda **given: (given["config"],))
+    module = Linear(2, 3)
+    module.bias.requires_grad_(False)
+    zero = Zero2(SimpleNamespace(device=torch.device("cpu")), module, Linear)
+    zero.prepare(SGD(zero.trained), None, 1.0)
+    assert zero.module["zero_optimization"]["reduce_bucket_size"] == 6

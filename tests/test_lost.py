@@ -4,12 +4,38 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 from duet.inference.lost import Lost, named, naming_the_lost, wait_at_most
+from duet.inference.processes import joined
 
 # as torch 2.14 has them
 CLOSED = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed"
 TIMED_OUT = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 9ms"
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(True, "cuda:nccl,cpu:gloo"), (False, "gloo")])
+def test_objects_are_sent_by_gloo_on_gpus_too(monkeypatch, gpus, backend):
+    """In NCCL nobody hears that another one is gone; accelerate's own choice is NCCL alone."""
+
+    def init(**given):
+        raise Asked(given["backend"])
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (started | {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(True)
+    try:
+        with pytest.raises(Asked, match=f"^{backend}$"):
+            joined("auto", timedelta(1))
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from duet.train import workload
 from duet.train.environment import Engine
 from duet.train.workload import Subject
+from duet.train.zero import BUCKET
 
 _RESERVE = 2 * 2**30  # assumed: CUDA context, workspaces of cuBLAS and cuDNN, fragments
-_ZERO_BUCKET = 500_000_000  # gradients; DeepSpeed's reduce_bucket_size
 
 
 @dataclass(frozen=True)
@@ -92,4 +92,4 @@ def _buckets(trained: Collection[Trained], processes: int, engine: Engine) -> di
         return {}
     if engine == "ddp":
         return {"DDP buckets": sum(t.copy for t in trained)}
-    return {"ZeRO's buckets": sum(min(t.parameters, _ZERO_BUCKET) * t.bytes_each for t in trained)}
+    return {"ZeRO's buckets": sum(min(t.parameters, BUCKET) * t.bytes_each for t in trained)}

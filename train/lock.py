@@ -16,7 +16,7 @@ from duet.configs.errors import UserError, tell
 from duet.configs.outputs import make_folder
 from duet.configs.schema import RunConfig
 from duet.inference.lost import naming_the_lost
-from duet.inference.model import pick_device
+from duet.inference.processes import joined
 from duet.inference.together import together
 from duet.train.environment import processes_alone
 
@@ -76,10 +76,7 @@ def alone(name: str) -> Callable[[Work], Work]:
         @wraps(work)
         def run(config: RunConfig) -> Path:
             with processes_alone():
-                state = PartialState(
-                    cpu=pick_device(config.model.device).type == "cpu",
-                    timeout=timedelta(seconds=config.train.ddp_timeout),
-                )
+                state = joined(config.model.device, timedelta(seconds=config.train.ddp_timeout))
             with naming_the_lost(), locked_for_all(state, name, Path(attrgetter(name)(config))):
                 return work(config)
 

@@ -24,6 +24,7 @@ from duet.train.recompute import is_recomputed
 from duet.train.sharding import InParts
 
 _GROUP = 10**7  # weights
+BUCKET = 500_000_000  # gradients that are sent at once
 
 
 class Zero2(InParts):
@@ -57,7 +58,12 @@ class Zero2(InParts):
             "managed_gradient_accumulation": False,  # an update is due when `step` is called
             "gradient_clipping": max_norm,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": self.stage, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": self.stage,
+                "overlap_comm": False,
+                # DeepSpeed makes room for all of it, whatever there is to send
+                "reduce_bucket_size": min(BUCKET, sum(self.shape(p).numel() for p in self.trained)),
+            },
         }
 
     def backward(self, loss: Tensor) -> None:
