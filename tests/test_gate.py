@@ -154,11 +154,17 @@ def test_the_mean_alone_refuses(benches, stage, precision):
     )
 
 
-def test_in_mixed_precision_of_float32_weights_the_dit_is_told_what_stock_tells(pipeline):
+def test_in_mixed_precision_of_float32_weights_the_dit_is_told_what_stock_tells(
+    pipeline, monkeypatch
+):
     engine = Engine(pipeline, SAMPLING, autocast=torch.bfloat16, progress=False)
     given = engine.conditions(Request(CARD, (1,), SIZE), torch.zeros(1, 6).long())
     assert given.glyphs.dtype == given.null_glyphs.dtype == pipeline.transformer.dtype
     gate.check_reference(engine, CARD, SIZE, "bfloat16")
+    true = decoder.velocity
+    monkeypatch.setattr(decoder, "velocity", lambda d, x, t, g, s: true(d, x, t, g, 1.1 * s))
+    with pytest.raises(UserError, match="picture differs from GlmImagePipeline's by 0.0"):
+        gate.check_reference(engine, CARD, SIZE, "bfloat16")
 
 
 def unshifted(steps, tokens, config):

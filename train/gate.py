@@ -23,8 +23,10 @@ from duet.train.gap import Gap
 from duet.train.stages import Stage
 
 _SEED = 12345
-# largest difference of a pixel in [0, 1], by the precision of the forward
-_PIXEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
+# difference of pixels in [0, 1], by the precision of the forward: in float32 the largest. In the
+# others the mean, since among many pixels some round far: a right engine's is at most 1.6e-3 in
+# bfloat16 (24 pictures, their largest 0.018 to 0.05), and 3.5e-3 where guidance is 3 % too strong
+_PIXEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-3, "float16": 1e-3}
 # arguments of the DiT that must be the stock pipeline's to the bit
 _TOLD = (
     "timestep",
@@ -75,7 +77,8 @@ def check_reference(
     for number, (told, reference) in enumerate(zip(ours, theirs, strict=True)):
         for name in _TOLD:
             _compare(name, told[name], reference[name], number)
-    difference = float(np.abs(made.ours.pixels - made.stock.pixels).max())
+    apart = np.abs(made.ours.pixels - made.stock.pixels)
+    difference = float(apart.max() if precision == "float32" else apart.mean())
     allowed = _PIXEL_TOLERANCE[precision]
     if not difference <= allowed:
         _refuse(

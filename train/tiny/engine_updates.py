@@ -47,8 +47,8 @@ from duet.train.tiny.gaps import SHIPPED
 from duet.train.tiny.world import draw, sample_card
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
-# a process has the linear layers that ZeRO-3 asked for last, unless blocks are computed again: those
-# cases come first
+# those first whose blocks are computed again: for the others ZeRO-3 changes the linear layers of
+# the process, and they stay so
 CASES = (
     "decoder-lora-bf16",
     "ar-lora-bf16",
