@@ -8,8 +8,6 @@ from torch.nn import Module
 from duet.configs.policy_schema import ModelConfig
 from duet.inference.model import components, pick_device
 
-_AWAY = torch.device("cpu")
-
 
 class Placement:
     """With `offload` none the parts stay where they are; with `phase` those that the phase at
@@ -33,13 +31,13 @@ class Placement:
         parts = components(self.pipeline)
         for name, part in parts.items():
             if name not in needed and name not in self.fixed:
-                _send(part, _AWAY)
+                _send(part, "cpu")
         for name in needed:
             if name not in self.fixed:
                 _send(parts[name], self.device)
 
 
-def _send(part: Module, device: torch.device) -> None:
+def _send(part: Module, device: torch.device | str) -> None:
     if is_initialized():
         part._apply(lambda tensor: tensor if tensor.requires_grad else tensor.to(device))
     else:
