@@ -141,12 +141,12 @@ class Zero3(Zero2):
         """A module without weights is parted module by module: `initialize` wants it whole."""
         if not any(p.is_meta for p in self.inner.parameters()):
             return super()._place()
-        zero = _deepspeed(self.accelerator.device).zero
+        zero, config = _deepspeed(self.accelerator.device).zero, self._config(0)
         for module in self.inner.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 make_room(module, self.accelerator.device, recurse=False)
                 own = ParameterList(module.parameters(recurse=False))
-                zero.Init(own, config_dict_or_path=self._config(0))
+                zero.Init(own, config_dict_or_path=config)
 
     def _config(self, max_norm: float) -> dict[str, Any]:
         config = super()._config(max_norm)
