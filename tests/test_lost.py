@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
@@ -70,17 +71,19 @@ def test_what_is_of_no_other_process_stays_itself(error):
     assert ended.value is error
 
 
-def test_groups_that_an_engine_makes_have_the_time_out_of_the_run(tmp_path):
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
+@pytest.mark.parametrize("backend", ["gloo", "cuda:fake,cpu:gloo"])
+def test_every_group_sends_objects_by_gloo_and_waits_as_long_as_the_run(backend, tmp_path):
+    """NCCL needs a GPU: "fake" stands for it, and brings back nothing."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        own = dist.new_group([0])  # as DeepSpeed and hybrid sharding do
-        waits = [
-            g._get_backend(dist.distributed_c10d.torch.device("cpu"))
-            for g in (dist.group.WORLD, own)
-        ]
-        wait_at_most(7)
-        assert [w.options._timeout for w in waits] == [timedelta(seconds=7)] * 2
+        # as DeepSpeed and hybrid sharding do
+        for group in (dist.group.WORLD, dist.new_group([0])):
+            wait_at_most(7)
+            told = [None]
+            dist.all_gather_object(told, "an object", group)
+            assert told == ["an object"]
+            gloo = group._get_backend(torch.device("cpu"))
+            assert (gloo.name(), gloo.options._timeout) == ("gloo", timedelta(seconds=7))
     finally:
         dist.destroy_process_group()

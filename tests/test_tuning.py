@@ -136,6 +136,13 @@ def test_the_reference_is_what_the_run_began_with(bench, pipeline, tuning):
     assert all(map(torch.equal, own, policy.trained)), "swapped back"
 
 
+def test_without_a_kl_no_first_weights_are_kept(small_run):
+    policy = prepare(small_run("decoder", "tuning=full", "grpo.beta=0")).at(0).policy
+    assert policy.initial is None
+    with pytest.raises(AssertionError, match="no reference"), policy.reference():
+        pass
+
+
 @TUNINGS
 def test_a_graph_that_stands_open_does_not_go_backward_through_a_swap(bench, tuning):
     """Values are back, but what autograd would read meanwhile is not known to it."""

@@ -35,6 +35,7 @@ class Parts:
     state: int = 1  # the optimizer's, and gradients
     weights: int = 1  # of the whole module
     masters: int = 0  # copies of the weights that the engine's optimizer works on
+    gradients_stay: bool = False  # between updates too
 
     @classmethod
     def of(cls, engine: Engine, processes: int) -> "Parts":
@@ -42,7 +43,7 @@ class Parts:
             case "zero2":
                 return cls(processes, masters=1)
             case "zero3":
-                return cls(processes, processes, masters=1)
+                return cls(processes, processes, masters=1, gradients_stay=True)
             case "fsdp2":
                 return cls(processes, processes)
             case _:
@@ -77,8 +78,10 @@ def held_weights(
 
 def always_held(trained: Collection[Trained], processes: int, engine: Engine) -> dict[str, int]:
     """What is there in every phase."""
-    parts = Parts.of(engine, processes)
-    return {
+    parts, gradients = Parts.of(engine, processes), {}
+    if parts.gradients_stay:
+        gradients["gradients"] = sum(t.copy for t in trained) // parts.state
+    return gradients | {
         "optimizer state": sum((t.states + parts.masters) * t.copy for t in trained) // parts.state,
         "copies of the trained weights": sum(t.copies * t.copy for t in trained) // parts.weights,
         **_buckets(trained, processes, engine),

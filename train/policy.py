@@ -48,9 +48,11 @@ class Policy:
         updates: int,
         average: AverageConfig | None = None,
         source: str | Path | None = None,
+        compared: bool = True,
     ) -> None:
         """`module`: the part itself, frozen; `updates`: of the whole run, for the learning
-        rate's schedule; `source`: the folder of the weights of a module that has none yet.
+        rate's schedule; `source`: the folder of the weights of a module that has none yet;
+        `compared`: whether there is to be a `reference`.
         """
         self.accelerator, self.inner, self.tuning, self.optim = accelerator, module, tuning, optim
         tuning.attach(module)
@@ -68,7 +70,8 @@ class Policy:
         if source is not None:
             fill_weights(module, source, self.sharding)
             self.sharding.settle()
-        self.initial = None if tuning.fresh else copies(self.held)  # as it began
+        self.compared = compared
+        self.initial = copies(self.held) if compared and not tuning.fresh else None  # as it began
         self.average = None if average is None else Average(average, self.held)
         self.skipped_in_a_row = 0  # updates
         self._losses: list[Tensor] = []  # of the micro-batches since the last update
@@ -117,6 +120,7 @@ class Policy:
 
         Full weights are swapped, so no graph that waits for its backward may stand open.
         """
+        assert self.compared, "no reference was asked for"
         if self.initial is None:
             began = adapter_disabled(self.inner)
         else:

@@ -235,9 +235,16 @@ def _policy(asked: _Asked, stage: Stage, empty: bool) -> Policy:
     sampler.placement.bring(part.component)
     if config.optim.gradient_checkpointing:
         recompute_blocks(module, part.block)
-    updates = asked.divided[part.name].updates
-    accelerator = asked.accelerator
-    return Policy(accelerator, module, tuning, config.optim, updates, config.average, source)
+    return Policy(
+        asked.accelerator,
+        module,
+        tuning,
+        config.optim,
+        asked.divided[part.name].updates,
+        config.average,
+        source,
+        compared=config.grpo.beta > 0,
+    )
 
 
 # torch's new name for it means something else, and accelerate passes on the old one alone
