@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.fsdp._common_utils import collect_grad_tensors
 from transformers.models.glm_image.image_processing_glm_image import smart_resize
 
 from duet.configs.errors import UserError
@@ -360,7 +361,8 @@ def test_the_gradient_is_that_of_finite_differences(tuned, mixed, recomputed):
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "computed again"])
 def test_scoring_runs_as_many_forwards_as_it_counts_and_as_it_is_asked(small_run, recomputed):
     """Each in the graph by its output, and backward in the reverse order: an engine that keeps
-    weights in parts gathers them by that. Those beyond its own change nothing."""
+    weights in parts gathers them by that. Those beyond its own change nothing. And FSDP2 finds no
+    input in what a layer reads of sources: it would wait for it where there are none."""
     config = small_run("decoder")
     engine = Engine.of(load_pipeline(str(MODEL)), config, progress=False)
     stage, module = DecoderStage(engine, config), engine.pipeline.transformer
@@ -378,7 +380,15 @@ def test_scoring_runs_as_many_forwards_as_it_counts_and_as_it_is_asked(small_run
         output[0].register_hook(lambda _, place=len(ran): back.append(place))
         ran.append(len(ran))
 
+    def read(block, args, kwargs):
+        for given in (*args, *kwargs.values()):
+            if getattr(given, "mode", None) in ("write", "read"):
+                modes.add(given.mode)
+                assert not collect_grad_tensors(given)
+
+    modes: set[str] = set()
     module.register_forward_hook(begun)
+    module.transformer_blocks[1].register_forward_pre_hook(read, with_kwargs=True)
     found = []
     for asked in (0, stage.forwards(rollouts), stage.forwards(rollouts) + 3):
         ran.clear()
@@ -389,6 +399,7 @@ def test_scoring_runs_as_many_forwards_as_it_counts_and_as_it_is_asked(small_run
         found.append([logprobs, *gradients])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+    assert modes == {"write", "read"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from duet.train.tiny import engine_updates
 from duet.train.tiny.engine_updates import go_on, write_rows
 from duet.train.tiny.engines import ENGINES, MOMENTS_ALLOWED, compare, distance, moments
-from duet.train.zero import Zero2
+from duet.train.zero import Zero2, Zero3
 from tests import forked
 from tests.conftest import ROOT
 
@@ -69,10 +69,26 @@ def test_an_update_in_parts_is_that_of_one_process(engine, alone, tmp_path):
         assert distance(ended, theirs) < MOMENTS_ALLOWED * largest
 
 
-def test_zero_makes_room_for_no_more_gradients_than_there_are(monkeypatch):
+@pytest.fixture
+def asked_of_deepspeed(monkeypatch):
+    """The config that an engine gives it for a layer of 6 trained weights."""
     monkeypatch.setattr("deepspeed.initialize", lambda **given: (given["config"],))
     module = Linear(2, 3)
     module.bias.requires_grad_(False)
-    zero = Zero2(SimpleNamespace(device=torch.device("cpu")), module, Linear)
-    zero.prepare(SGD(zero.trained), None, 1.0)
-    assert zero.module["zero_optimization"]["reduce_bucket_size"] == 6
+
+    def asked(engine: type[Zero2]) -> dict:
+        zero = engine(SimpleNamespace(device=torch.device("cpu")), module, Linear)
+        zero.prepare(SGD(zero.trained), None, 1.0)
+        return zero.module["zero_optimization"]
+
+    return asked
+
+
+def test_zero_makes_room_for_no_more_gradients_than_there_are(asked_of_deepspeed):
+    assert asked_of_deepspeed(Zero2)["reduce_bucket_size"] == 6
+
+
+def test_zero3_begins_with_small_gradients(asked_of_deepspeed):
+    """Its start makes a whole gradient, on every process, of each `sub_group_size` weights of its
+    part: by DeepSpeed's own 1e9 it would be the AR's 36 GB."""
+    assert asked_of_deepspeed(Zero3)["sub_group_size"] <= 1e7
