@@ -10,7 +10,8 @@ from torch.optim import SGD
 
 from duet.train.tiny import engine_updates
 from duet.train.tiny.engine_updates import go_on, write_rows
-from duet.train.tiny.engines import ENGINES, MOMENTS_ALLOWED, compare, distance, moments
+from duet.train.tiny.engines import MOMENTS_ALLOWED, compare, distance, moments
+from duet.train.tiny.launcher import ENGINES
 from duet.train.zero import Zero2, Zero3
 from tests import forked
 from tests.conftest import ROOT

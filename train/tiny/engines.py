@@ -9,8 +9,6 @@ this machine's CPU over gloo. Status 1 where something is not equal, or not resu
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,14 +21,8 @@ from torch import Tensor
 
 from duet.inference.parts import PARTS
 from duet.train.tiny.engine_updates import CASES, TINY, write_rows
+from duet.train.tiny.launcher import ENGINES, finished
 
-# accelerate's environment for each, as launch/accelerate/*.yaml set it
-ENGINES = {
-    "ddp": {},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-}
 # in the largest change, beside the rounding of the weight itself. In float32 each step magnifies
 # the rounding of the one before: the AR's forward is no surer than 1e-6, and ZeRO-3 has a linear
 # layer of its own where blocks are not computed again. Float64 shows that it is that
@@ -99,20 +91,11 @@ def launch(
     """`begun`: the folder of the launch on whose checkpoints the SGD runs begin, or `folder`;
     `double`: with runs in float64.
 
-    Raises CalledProcessError, with the output, where a run ends before its last step.
+    Raises CalledProcessError where a run ends before its last step.
     """
     write_rows(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), "-m", "duet.train.tiny.engine_updates"]
-    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ENGINES[engine]
-    subprocess.run(
-        [*command, str(folder), str(begun), *cases, *(["--double"] if double else [])],
-        env=os.environ | own,
-        cwd=TINY.parents[1],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    asked = (str(folder), str(begun), *cases, *(["--double"] if double else []))
+    finished(engine, processes, "duet.train.tiny.engine_updates", *asked)
 
 
 def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:

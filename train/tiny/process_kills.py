@@ -41,8 +41,8 @@ from duet.train.checkpoint import complete_checkpoints
 from duet.train.metrics import read_metrics
 from duet.train.policy import Policy
 from duet.train.scoring import Scorer
-from duet.train.tiny.engines import ENGINES
 from duet.train.tiny.kills import SMALL, before_call, same
+from duet.train.tiny.launcher import ENGINES, launched
 from duet.train.tuning import Lora
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -124,20 +124,13 @@ def start(case: Case, folder: Path, kill: Kill | None = None) -> tuple[int, str]
         entry = ["duet.train.tiny.process_kills", "--child", kill.point, str(kill.rank), kill.end]
         if kill.end == "SERVER":
             servers = reward_servers(case.processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node", str(case.processes)]
     small = [*SMALL, f"train.max_steps={case.steps}", "train.save_steps=1", "train.resume=latest"]
     small += [f"train.ddp_timeout={_TIMEOUT}", f"output_dir={folder}"]
     config = _ROOT / "configs" / "tiny" / f"{case.stage}.yaml"
-    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", _MOMENT: str(_moment(folder))}
     with servers as there:
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", *entry, str(config), *small],
-            cwd=_ROOT,
-            env=os.environ | own | ENGINES[case.engine] | {_SERVERS: json.dumps(there)},
-            capture_output=True,
-            text=True,
-        )
+        own = {_MOMENT: str(_moment(folder)), _SERVERS: json.dumps(there)}
+        asked = (*entry, str(config), *small)
+        done = launched(case.engine, case.processes, *asked, environment=own)
     return done.returncode, done.stderr
 
 

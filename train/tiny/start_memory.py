@@ -11,10 +11,7 @@ time.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -33,7 +30,8 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 from duet.configs.load import load_config
 from duet.inference.parts import AR, DECODER, PARTS, Part
 from duet.train.setup import prepare
-from duet.train.tiny.engines import ENGINES, TINY
+from duet.train.tiny.engine_updates import TINY
+from duet.train.tiny.launcher import ENGINES, finished
 
 _MIB = 2**20
 _LAYERS = (2, 4, 8)
@@ -131,17 +129,9 @@ def start(stage: str, model: Path, output: Path) -> None:
 def launch(engine: str, processes: int, stage: str, model: Path, output: Path) -> int:
     """The most that any process needed, in bytes."""
     output.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), "-m", "duet.train.tiny.start_memory"]
-    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ENGINES[engine]
-    own["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # bytes: what is freed is given back at once
-    subprocess.run(
-        [*command, "--process-of", stage, str(model), str(output)],
-        env=os.environ | own,
-        cwd=TINY.parents[1],
-        check=True,
-        capture_output=True,
-    )
+    asked = ("--process-of", stage, str(model), str(output))
+    own = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # bytes: what is freed is given back at once
+    finished(engine, processes, "duet.train.tiny.start_memory", *asked, environment=own)
     return json.loads((output / "peak.json").read_text())
 
 
