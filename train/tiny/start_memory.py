@@ -110,6 +110,7 @@ def start(stage: str, model: Path, output: Path) -> None:
             "rollout.num_generations=2",
             "optim.per_device_train_batch_size=2",
             "optim.gradient_accumulation_steps=1",
+            "grpo.beta=0.01",  # as the real configs: a copy of the first weights
             "rewards=[{name: duet.train.tiny.hackable.Sharpness}]",
             "train.trackers=[]",
         ],
