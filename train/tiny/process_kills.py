@@ -58,7 +58,10 @@ POINTS = {
     "saving weights": (Policy, "save", 2),
     "saving moments": (checkpoint, "save_state", 2),
 }
-_WRITES = {"writing weights": (Lora, "write", 2), "writing moments": (state, "save", 2)}
+_WRITES = {
+    "writing weights": (Lora, "write", 2),
+    "writing moments": (state, "save", 3),  # of a part its moments and its schedule
+}
 # in a start's third step, so that a whole checkpoint stands before the torn one: what is torn
 _TORN = {"torn weights": "*.safetensors", "torn moments": "optimizer.bin"}
 _TEARS = dict.fromkeys(_TORN, (Policy, "step", 6))
