@@ -10,7 +10,7 @@ from accelerate import PartialState
 from duet.inference.model import pick_device
 
 # objects by gloo: who waits in NCCL for a process that is gone hears neither of it nor a signal
-_BACKEND = "cuda:nccl,cpu:gloo"
+BACKEND = "cuda:nccl,cpu:gloo"
 
 # one process may wait for another's part of the pictures, which is no fault; one that dies is
 # the launcher's to see
@@ -31,5 +31,5 @@ def sharing(device: str = "auto") -> Iterator[PartialState]:
 def joined(device: str, timeout: timedelta) -> PartialState:
     """The processes, or the one where no launcher is; each waits for another at most so long."""
     on_cpu, launched = pick_device(device).type == "cpu", os.environ.get("LOCAL_RANK", "-1") != "-1"
-    backend = {"backend": _BACKEND} if launched and not on_cpu else {}
+    backend = {"backend": BACKEND} if launched and not on_cpu else {}
     return PartialState(cpu=on_cpu, timeout=timeout, **backend)

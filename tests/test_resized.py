@@ -1,12 +1,14 @@
 """Another number of processes than before: what is told, refused, and goes on."""
 
 import json
+import os
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
+from torch.amp import GradScaler
 
 from duet.configs.errors import UserError
 from duet.configs.load import load_config
@@ -59,8 +61,8 @@ def test_a_schedule_that_counts_updates_keeps_their_size(now, stage, way):
         what_changes(tree(stage=stage), 1, tree(*asked, stage=stage), processes)
 
 
-def process(rank: int) -> SimpleNamespace:
-    return SimpleNamespace(process_index=rank, scaler=None)
+def process(rank: int, scaler: GradScaler | None = None) -> SimpleNamespace:
+    return SimpleNamespace(process_index=rank, local_process_index=rank % 4, scaler=scaler)
 
 
 def test_new_processes_have_random_states_of_their_own(tmp_path):
@@ -83,39 +85,56 @@ def test_new_processes_have_random_states_of_their_own(tmp_path):
     assert of_all[2][0] != of_all[3][0] and drawn(2) == of_all[2]
 
 
-def test_a_process_has_the_state_of_its_own_gpu_alone(tmp_path, monkeypatch):
-    """Process 5 drew on GPU 1 of a machine's 4 and goes on with GPU 5 of 8; a file by accelerate
-    itself has the states of all 4."""
+def test_a_process_has_the_state_of_its_own_gpu_whichever_it_is(tmp_path, monkeypatch):
+    """Process 5 drew on GPU 1 of a machine's 4 and goes on with GPU 5 of 8, a reward of its on
+    GPU 0 of either; a file by accelerate itself does not say whose is whose."""
     PartialState(cpu=True)
-    held = {}  # by GPU
+    held, own = {gpu: torch.tensor([gpu], dtype=torch.uint8) for gpu in range(4)}, 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": held[device])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: own)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(held.values()))
     monkeypatch.setattr(
-        torch.cuda, "set_rng_state", lambda state, device="cuda": held.update({device: state})
+        torch.cuda,
+        "set_rng_state",
+        lambda state, gpu=None: held.update({own if gpu is None else gpu: state}),
     )
-    own = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    held["cuda"] = own
     save_state(process(5), [], tmp_path)
     file = tmp_path / "state" / "random_states_5.pkl"
-    for saved in (None, [own * 0, own, own * 0, own * 0]):
-        if saved is not None:
-            states = torch.load(file, weights_only=False)
-            torch.save(states | {"torch_cuda_manual_seed": saved}, file)
+    states = torch.load(file, weights_only=False)
+    own = 5
+    for saved in (states, {n: v for n, v in states.items() if n != "gpu"}):
+        torch.save(saved, file)
         held.clear()
         load_state(process(5), [], tmp_path)
-        assert held.keys() == {"cuda"} and torch.equal(held["cuda"], own), "nobody else's"
+        assert {gpu: int(state) for gpu, state in held.items()} == {0: 0, 1: 1, 2: 2, 3: 3, 5: 1}
+
+
+def test_a_scaler_goes_on_with_its_scale(tmp_path):
+    PartialState(cpu=True)
+    save_state(process(0, GradScaler("cpu", init_scale=8.0)), [], tmp_path)
+    fresh = GradScaler("cpu")
+    load_state(process(0, fresh), [], tmp_path)
+    assert fresh.get_scale() == 8
 
 
 def test_a_random_state_that_cannot_be_read_is_told(tmp_path):
+    PartialState(cpu=True)
     save_state(process(0), [], tmp_path)
     torch.save({"step": 0}, tmp_path / "state" / "random_states_0.pkl")
     with pytest.raises(UserError, match="is damaged"):
         load_state(process(0), [], tmp_path)
 
 
-def test_a_damaged_state_is_told_by_new_processes_too(tmp_path):
-    (tmp_path / "state").mkdir()
+@pytest.mark.parametrize("left", [None, 100])
+def test_a_damaged_state_is_told_by_new_processes_too(left, tmp_path):
+    PartialState(cpu=True)
+    save_state(process(0), [], tmp_path)
+    file = tmp_path / "state" / "random_states_0.pkl"
+    if left is None:
+        file.unlink()
+    else:
+        os.truncate(file, left)
     with pytest.raises(UserError, match="is damaged"):
         load_state(process(2), [], tmp_path)

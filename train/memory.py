@@ -193,6 +193,7 @@ def phases(
         learns, stay = phase.learns, processes > 1  # as inference/placement.py has it
         weights = held_weights(step.subject, trained, present, parts, learns, stay)
         judging = {} if offloads and phase.learns else {"reward models": rewards.bytes}
+        # gradients that always stay are those of all turns
         held = weights | phase.held | always | judging
         return replace(phase, held={name: size for name, size in held.items() if size})
 

@@ -20,40 +20,45 @@ class RandomState:
     python: tuple[Any, ...]
     numpy: dict[str, Any] | tuple[Any, ...]
     torch: Tensor
-    # of the process's own GPU, whichever it is on its machine; the others are other processes'
-    cuda: Tensor | None
+    cuda: list[Tensor]  # of each GPU of the machine: a reward may draw on another than `gpu`
+    gpu: int  # the process's own; on another machine it may have another number
 
     @classmethod
     def now(cls) -> "RandomState":
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+        cuda, gpu = [], 0
+        if torch.cuda.is_initialized():
+            cuda, gpu = torch.cuda.get_rng_state_all(), torch.cuda.current_device()
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, gpu)
 
     def restore(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
-        if self.cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.cuda)
+        if self.cuda and torch.cuda.is_available():
+            for gpu, state in enumerate(self.cuda[: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, gpu)
+            torch.cuda.set_rng_state(self.cuda[self.gpu])
 
     def as_saved(self) -> dict[str, Any]:
-        """By the names that accelerate gives them."""
-        cuda = {} if self.cuda is None else {"torch_cuda_manual_seed": [self.cuda]}
+        """By the names that accelerate gives them, and one more."""
         return {
             "random_state": self.python,
             "numpy_random_seed": self.numpy,
             "torch_manual_seed": self.torch,
-            **cuda,
+            "torch_cuda_manual_seed": self.cuda,
+            "gpu": self.gpu,
         }
 
     @classmethod
-    def of_saved(cls, states: Mapping[str, Any], process: int) -> "RandomState":
-        """What `process` saved; accelerate itself has those of all GPUs of a machine."""
-        cuda = states.get("torch_cuda_manual_seed") or [None]
+    def of_saved(cls, states: Mapping[str, Any], gpu: int) -> "RandomState":
+        """`gpu`: the process's own in a file that does not say it, as accelerate's."""
+        cuda = states.get("torch_cuda_manual_seed", [])
         return cls(
             states["random_state"],
             states["numpy_random_seed"],
             states["torch_manual_seed"],
-            cuda[process % len(cuda)],
+            cuda,
+            states.get("gpu", gpu % max(1, len(cuda))),
         )
 
 

@@ -1,7 +1,8 @@
 """A run's optimizers, schedules and random states; never weights.
 
-The files are named and filled as accelerate's, as one process would write them, whatever spreads
-the run: another number of processes and another engine can read them.
+The files are named as accelerate's and filled as it would on one process, whatever spreads the run:
+another number of processes and another engine can read them. accelerate itself passes over random
+states that it cannot read.
 """
 
 from collections.abc import Sequence
@@ -48,15 +49,16 @@ def load_state(accelerator: Accelerator, shardings: Sequence[Sharding], checkpoi
     folder, rank = checkpoint / _FOLDER, accelerator.process_index
     own, first = folder / _random(rank), folder / _random(0)
     try:
-        random = RandomState.of_saved(load(own), rank) if own.exists() else None
+        saved = _read(own if own.exists() else first)
+        states = RandomState.of_saved(saved, accelerator.local_process_index)
         for i, sharding in enumerate(shardings):
             # each process takes its part alone
             sharding.load_state_dict(_read(folder / _name(OPTIMIZER_NAME, i), mmap=True))
             sharding.scheduler.load_state_dict(_read(folder / _name(SCHEDULER_NAME, i)))
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(_read(folder / SCALER_NAME))
-        if random is not None:
-            random.restore()
+        if own.exists():
+            states.restore()
         else:  # more processes than wrote it: states like no other's
             drawn = sha256(first.read_bytes() + str(rank).encode()).digest()
             set_seed(int.from_bytes(drawn[:4]))

@@ -36,7 +36,7 @@ def finished(
 ) -> None:
     """`launched`, for what must end well.
 
-    Raises CalledProcessError, behind what the processes told.
+    Raises CalledProcessError, with what the processes told on stderr above it.
     """
     done = launched(engine, processes, *module, environment=environment)
     if done.returncode:
