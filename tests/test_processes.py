@@ -83,6 +83,7 @@ def test_two_processes_give_the_update_of_one(small_run, stage, tmp_path):
     train(small_run(stage, *alone, *own))
     done = two_processes(stage, f"output_dir={two}", *own)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"newest checkpoint: {two}/checkpoint-1\n") == 1, "told once"
     assert_one_update(one, two)
     # its step is the learning rate times the gradient's sign: where that is not rounding, the same
     learning_rate = 1e-3

@@ -20,9 +20,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     config = load_config(options.config, options.overrides)
-    from duet.train.loop import train  # after the config is known to be good: torch loads slowly
+    # after the config is known to be good: torch loads slowly
+    from accelerate import PartialState
 
-    print(f"newest checkpoint: {train(config)}")
+    from duet.train.loop import train
+
+    newest = train(config)
+    if PartialState().is_main_process:
+        print(f"newest checkpoint: {newest}")
 
 
 if __name__ == "__main__":
