@@ -380,13 +380,14 @@ def test_scoring_runs_as_many_forwards_as_it_counts_and_as_it_is_asked(small_run
         output[0].register_hook(lambda _, place=len(ran): back.append(place))
         ran.append(len(ran))
 
+    modes: set[str] = set()
+
     def read(block, args, kwargs):
         for given in (*args, *kwargs.values()):
             if getattr(given, "mode", None) in ("write", "read"):
                 modes.add(given.mode)
                 assert not collect_grad_tensors(given)
 
-    modes: set[str] = set()
     module.register_forward_hook(begun)
     module.transformer_blocks[1].register_forward_pre_hook(read, with_kwargs=True)
     found = []

@@ -1,8 +1,8 @@
 """A run's optimizers, schedules and random states; never weights.
 
 The files are named as accelerate's and filled as it would on one process, whatever spreads the run:
-another number of processes and another engine can read them. accelerate itself passes over random
-states that it cannot read.
+another number of processes and another engine can read them. accelerate's own reader is not called:
+it passes over random states that it cannot read.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from duet.inference.parts import PARTS
 from duet.train.tiny.engine_updates import CASES, TINY, write_rows
-from duet.train.tiny.launcher import ENGINES, finished
+from duet.train.tiny.launcher import ENGINES, launched, require_success
 
 # in the largest change, beside the rounding of the weight itself. In float32 each step magnifies
 # the rounding of the one before: the AR's forward is no surer than 1e-6, and ZeRO-3 has a linear
@@ -95,7 +95,7 @@ def launch(
     """
     write_rows(folder)
     asked = (str(folder), str(begun), *cases, *(["--double"] if double else []))
-    finished(engine, processes, "duet.train.tiny.engine_updates", *asked)
+    require_success(launched(engine, processes, "duet.train.tiny.engine_updates", *asked))
 
 
 def compare(engine: str, case: str, alone: Path, folder: Path) -> Line:

@@ -31,14 +31,8 @@ def launched(
     )
 
 
-def finished(
-    engine: str, processes: int, *module: str, environment: Mapping[str, str] | None = None
-) -> None:
-    """`launched`, for what must end well.
-
-    Raises CalledProcessError, with what the processes told on stderr above it.
-    """
-    done = launched(engine, processes, *module, environment=environment)
+def require_success(done: subprocess.CompletedProcess[str]) -> None:
+    """Raises CalledProcessError, with what the processes told on stderr above it."""
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()

@@ -31,7 +31,7 @@ from duet.configs.load import load_config
 from duet.inference.parts import AR, DECODER, PARTS, Part
 from duet.train.setup import prepare
 from duet.train.tiny.engine_updates import TINY
-from duet.train.tiny.launcher import ENGINES, finished
+from duet.train.tiny.launcher import ENGINES, launched, require_success
 
 _MIB = 2**20
 _LAYERS = (2, 4, 8)
@@ -130,9 +130,9 @@ def start(stage: str, model: Path, output: Path) -> None:
 def launch(engine: str, processes: int, stage: str, model: Path, output: Path) -> int:
     """The most that any process needed, in bytes."""
     output.mkdir()
-    asked = ("--process-of", stage, str(model), str(output))
+    asked = ("duet.train.tiny.start_memory", "--process-of", stage, str(model), str(output))
     own = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # bytes: what is freed is given back at once
-    finished(engine, processes, "duet.train.tiny.start_memory", *asked, environment=own)
+    require_success(launched(engine, processes, *asked, environment=own))
     return json.loads((output / "peak.json").read_text())
 
 
